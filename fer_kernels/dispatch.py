@@ -1,0 +1,188 @@
+"""Declaring operators with several backends, and choosing among them.
+
+One operator becomes up to three registered torch operators with the same schema, fake kernel and
+autograd formula:
+
+* ``fer_kernels::NAME``: compiled code on CPU and CUDA, the reference wherever there is none;
+* ``fer_kernels::NAME_reference``: the reference, always;
+* ``fer_kernels::NAME_triton``: the Triton kernels.
+
+So `torch.ops.fer_kernels.NAME` works, differentiates and compiles with no compiled module at all.
+The public function picks the registered operator; ``not_supported_reasons`` is the one predicate
+that both chooses a backend and explains a refusal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import extension
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# Which kernels have passed the whole test suite on which real GPU, and when. `auto` never picks a
+# GPU kernel that is not listed here; asking for it by name always works.
+PROVED_ON: dict[tuple[str, str], str] = {}
+
+# Read once: under TRITON_INTERPRET=1 Triton itself decides at import whether it interprets.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+# Pays a host synchronisation on a GPU to check values (indices, ranks) before a kernel sees them.
+CHECK_VALUES = os.environ.get("FER_KERNELS_CHECK", "0") == "1"
+
+_LIBRARY = torch.library.Library("fer_kernels", "DEF")
+_requested: ContextVar[str] = ContextVar(
+    "fer_kernels_backend", default=os.environ.get("FER_KERNELS_BACKEND", "auto")
+)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator and, for each backend, the input dtypes it takes and its own further limits."""
+
+    name: str
+    dtypes: dict[str, tuple[torch.dtype, ...]]
+    registered: dict[str, Any] = field(default_factory=dict)  # backend -> torch.ops overload
+
+    def not_supported_reasons(self, backend: str, *tensors: torch.Tensor | None) -> list[str]:
+        """Every reason why `backend` cannot take a call on these tensors; empty where it can."""
+        reasons = platform_problems(backend)
+        device = next(t.device.type for t in tensors if t is not None)
+        if backend == "cpu" and device != "cpu":
+            reasons.append(f"it takes CPU tensors and these are on {device}")
+        if backend == "cuda" and device != "cuda":
+            reasons.append(f"it takes CUDA tensors and these are on {device}")
+        if backend == "triton" and device != "cuda" and not TRITON_INTERPRETED:
+            reasons.append(f"it takes CUDA tensors (or any under TRITON_INTERPRET=1) and these are on {device}")
+        dtype = next(t.dtype for t in tensors if t is not None)
+        if dtype not in self.dtypes[backend]:
+            reasons.append(f"it takes {', '.join(map(_short, self.dtypes[backend]))} and the input is {_short(dtype)}")
+        return reasons
+
+    def choose(self, backend: str, *tensors: torch.Tensor | None) -> Any:
+        """The registered operator for this call: the fastest that takes it, or the one asked for."""
+        if backend == "auto":
+            backend = _requested.get()
+        if backend == "auto":
+            for candidate in ("cpu", "cuda", "triton"):
+                proved = candidate == "cpu" or (self.name, candidate) in PROVED_ON
+                # Triton's interpreter is for tests: slower than the reference.
+                if proved and not (candidate == "triton" and TRITON_INTERPRETED):
+                    if not self.not_supported_reasons(candidate, *tensors):
+                        return self.registered[candidate]
+            return self.registered["reference"]
+        check_backend_name(backend)
+        reasons = self.not_supported_reasons(backend, *tensors)
+        if reasons:
+            raise RuntimeError(f"{self.name}: backend {backend!r} cannot take this call: " + "; ".join(reasons))
+        return self.registered[backend]
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def platform_problems(backend: str) -> list[str]:
+    """Why this backend is missing from this installation, whatever the call."""
+    problem = None
+    if backend == "cpu":
+        problem = extension.cpu.problem
+    elif backend == "cuda":
+        problem = extension.cuda.problem
+    elif backend == "triton" and not TRITON_INSTALLED:
+        problem = "triton is not installed"
+    return [problem] if problem else []
+
+
+def check_backend_name(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}")
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within the ``with`` block, every operator called with ``backend="auto"`` runs on this backend.
+
+    ``"auto"`` restores the free choice. An operator that the backend cannot run raises and says why.
+    The process-wide default is the environment variable FER_KERNELS_BACKEND, read at import.
+    """
+    if backend != "auto":
+        check_backend_name(backend)
+    token = _requested.set(backend)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def available_backends(op: str) -> list[str]:
+    """The backends of operator `op` that can run on this machine, reference first.
+
+    >>> fer_kernels.available_backends("knn")
+    ['reference', 'cpu']
+    """
+    if op not in OPERATORS:
+        raise ValueError(f"available_backends: unknown operator {op!r}: expected one of {sorted(OPERATORS)}")
+    return [backend for backend in OPERATORS[op].dtypes if not missing_reasons(backend)]
+
+
+def missing_reasons(backend: str) -> list[str]:
+    """Why no call at all can run on this backend here; may query the CUDA driver."""
+    reasons = platform_problems(backend)
+    needs_gpu = backend == "cuda" or (backend == "triton" and not TRITON_INTERPRETED)
+    if needs_gpu and not torch.cuda.is_available():
+        reasons.append("there is no CUDA device")
+    return reasons
+
+
+def define(
+    operator: Operator,
+    schema: str,
+    *,
+    suffix: str = "",
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    triton: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> dict[str, Any]:
+    """Registers one schema of `operator` for all its backends; returns backend -> torch operator.
+
+    `suffix` names a second schema of the same operator ("_backward"). `backward`, where given, is
+    called as backward(backend, ctx, *gradients), so that it can stay on the backend of the forward.
+    """
+    overloads = {}
+    implementations = {"": reference, "_reference": reference} | ({"_triton": triton} if triton else {})
+    for variant, implementation in implementations.items():
+        name = f"{operator.name}{suffix}{variant}"
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fer_kernels::{name}", fake, lib=_LIBRARY)
+        backend = variant[1:] or "compiled"
+        if backward is not None:
+            torch.library.register_autograd(
+                f"fer_kernels::{name}",
+                functools.partial(backward, backend),
+                setup_context=setup_context,
+                lib=_LIBRARY,
+            )
+        overloads[backend] = getattr(torch.ops.fer_kernels, name).default
+    compiled = overloads.pop("compiled")
+    overloads |= {"cpu": compiled, "cuda": compiled}
+    if not suffix:
+        operator.registered.update(overloads)
+        OPERATORS[operator.name] = operator
+    return overloads

@@ -1,0 +1,51 @@
+"""The compiled modules: which are loaded, and the exact reason for one that is not.
+
+"Not built", "built but does not load" and "built, but this torch has no CUDA" are three different
+findings with three different remedies, so each keeps its own words.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Extension:
+    module: ModuleType | None
+    problem: str | None  # None exactly when the module is loaded
+
+
+def build_info() -> dict[str, Any]:
+    """What setup.py recorded when it built this installation; empty where nothing was built."""
+    path = Path(__file__).with_name("_build_info.json")
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _load(name: str) -> Extension:
+    qualified = f"{__package__}.{name}"
+    if importlib.util.find_spec(qualified) is None:
+        left_out = build_info().get(f"{name[1:]}_left_out", "this copy of fer_kernels was never built")
+        return Extension(None, f"the compiled module {qualified} is not built: {left_out}")
+    if name == "_cuda" and torch.version.cuda is None:
+        return Extension(None, f"this torch ({torch.__version__}) is a build without CUDA")
+    try:
+        return Extension(importlib.import_module(qualified), None)
+    except ImportError as error:
+        built_with = build_info().get("torch", "an unknown version")
+        return Extension(
+            None,
+            f"{qualified} was built (against torch {built_with}) but does not load "
+            f"under torch {torch.__version__}: {error}",
+        )
+
+
+cpu = _load("_cpu")
+cuda = _load("_cuda")

@@ -1,0 +1,59 @@
+"""knn, the specification: every other backend must agree with this.
+
+Materialises the whole (B, N, M) distance matrix, which is what the other backends exist to avoid.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x / max(|x|, 1e-12) by row; a row whose squared norm is NaN or infinite becomes NaN."""
+    square = (x * x).sum(-1, keepdim=True)
+    scale = square.sqrt().clamp_min(1e-12).reciprocal()
+    return x * scale.where(square.isfinite(), torch.nan)
+
+
+def knn(
+    x: Tensor,
+    y: Tensor | None,
+    bias: Tensor | None,
+    ranks: Tensor | None,
+    k: int,
+    dilation: int,
+    normalize: bool,
+    return_distance: bool,
+    allow_tf32: bool,  # float32 products follow torch's own setting here
+) -> tuple[Tensor, Tensor]:
+    compute = accumulation_dtype(x.dtype)
+    queries = x.to(compute)
+    keys = queries if y is None else y.to(compute)
+    if normalize:
+        queries = unit_rows(queries)
+        keys = queries if y is None else unit_rows(keys)
+
+    # |x_i|² is the same for a whole row: it cannot change the order, and adding it would only round.
+    ranking = (keys * keys).sum(-1).unsqueeze(1) - 2 * (queries @ keys.mT)
+    if bias is not None:
+        ranking = ranking + bias.to(compute)
+    # topk leaves the order of equal distances open; a stable sort gives them to the lowest index.
+    ascending, order = torch.sort(ranking, dim=-1, stable=True)
+
+    if ranks is None:
+        positions = torch.arange(0, k * dilation, dilation, device=x.device)
+    else:
+        positions = ranks.to(x.device, torch.int64)
+    # With no query there may be no key either, so nothing to pick positions from.
+    if x.shape[1] == 0:
+        return order.new_empty(x.shape[0], 0, k), ascending.new_empty(x.shape[0], 0, k if return_distance else 0)
+    idx = order[..., positions].contiguous()
+    if not return_distance:
+        return idx, ascending.new_empty(x.shape[0], x.shape[1], 0)
+    square = (queries * queries).sum(-1, keepdim=True)
+    return idx, ascending[..., positions] + square
