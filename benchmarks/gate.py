@@ -1,0 +1,43 @@
+"""The correctness gate: comparing a result with its float64 truth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .registry import Case, Inputs, Provider, Suite
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def value_problem(what: str, actual: Tensor, expected: Tensor, bound: float) -> str | None:
+    """What is wrong with `actual` where it strays from `expected` by more than `bound`, or None.
+
+    A NaN or an infinity is right only where the truth has the same.
+    """
+    if actual.shape != expected.shape:
+        return f"{what} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    error = (actual - expected).abs()
+    alike = (actual == expected) | (actual.isnan() & expected.isnan()) | (error <= bound)
+    wrong = int(alike.logical_not().sum())
+    if not wrong:
+        return None
+    # A NaN error is the worst there is, and argmax finds it first.
+    worst = int(error.masked_fill(alike, -1).nan_to_num(nan=torch.inf).argmax())
+    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))
+    return (
+        f"{wrong} of {error.numel()} {what} off by more than {bound:.2e}, worst at {where}: "
+        f"{actual[where].item():.6g}, expected {expected[where].item():.6g}"
+    )
+
+
+def judged(suite: Suite, provider: Provider, case: Case, inputs: Inputs, expected: Any, output: Any) -> str | None:
+    """What is wrong with a provider's raw output, or None."""
+    if not provider.gated:
+        return None
+    result = provider.finish(case, output)
+    return suite.judge(case, inputs, expected, result, provider.arithmetic or case.dtype)

@@ -1,0 +1,52 @@
+"""Providers that every operator's file has: ours by backend, and what a missing package says."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fer_kernels import dispatch
+
+from .registry import Case, Inputs, Provider
+
+
+def ours(op: str, run: Callable[[Case, str], Callable[[Inputs], Any]]) -> tuple[Provider, ...]:
+    """One provider a backend of `op`; run(case, backend) returns the call on that backend.
+
+    Our backends accumulate half-precision input in float32 and are held to that.
+    """
+    return tuple(
+        Provider(
+            f"ours-{backend}",
+            open=lambda case, device, backend=backend: run(case, backend),
+            why_not=functools.partial(_backend_problem, op, backend),
+            role="ours",
+            arithmetic=torch.float32,
+        )
+        for backend in dispatch.OPERATORS[op].dtypes
+    )
+
+
+def _backend_problem(op: str, backend: str, case: Case, device: str) -> str | None:
+    if backend == "triton" and dispatch.TRITON_INTERPRETED:
+        return "Triton's interpreter is for tests, not for timing"
+    probe = torch.empty(0, dtype=case.dtype, device=device)
+    reasons = [
+        *dispatch.missing_reasons(backend),
+        *dispatch.OPERATORS[op].not_supported_reasons(backend, probe),
+    ]
+    return "; ".join(dict.fromkeys(reasons)) or None
+
+
+@functools.cache
+def import_problem(module: str) -> str | None:
+    """Why this optional package cannot be used here, or None."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a package built for another torch fails with more than ImportError
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None

@@ -1,0 +1,462 @@
+// knn on the CPU. Compiled once for every instruction set (see simd.h).
+//
+// The distances of a few query rows to a block of keys come from a register-tiled product over
+// packed keys and go to a buffer that stays in the first-level cache; each row of it is filtered
+// against the row's worst kept distance at once, so that no N x M array exists and the selection
+// touches few candidates.
+//
+// Selection sorts nothing. The rank of a candidate is the number of candidates before it, counted
+// a vector at a time: no branches, no chain of dependences, and n²/lanes steps for the n of a
+// few dozen that pass the filter.
+#include "kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <new>
+#include <utility>
+
+#include "simd.h"
+
+namespace fer::cpu::FER_ISA {
+namespace {
+
+constexpr int kRows = FER_VECTOR_BYTES == 64 ? 14 : 6;  // query rows whose sums fill the registers
+constexpr int kPackedRows = (kRows + 3) / 4 * 4;         // row pitch of a packed query tile
+constexpr int kSweep = 256;                             // keys between two looks at the candidates
+constexpr int kCandidates = kSweep + kMaxNeighbours + 16;
+constexpr int64_t kBlockBytes = 640 << 10;  // packed keys a thread holds at once: most of a level-2 cache
+constexpr int64_t kRowsAtOnce = 16 * kRows;  // rows that share a packed block where the keys take several
+
+template <class T>
+struct AlignedDelete {
+  void operator()(T* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], AlignedDelete<T>>;
+template <class T>
+Buffer<T> allocate(int64_t count) {
+  return Buffer<T>(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t(64))));
+}
+
+// Distances stay floats until a rank is counted; as signed integers they have a total order:
+// -0 equals +0 and every NaN is the largest.
+template <class A>
+inline Vec<Int<A>> ordered(Vec<A> d) {
+  using I = Vec<Int<A>>;
+  const I bits = reinterpret_cast<I>(d + A(0));
+  const I key = bits ^ ((bits >> (8 * sizeof(A) - 1)) & std::numeric_limits<Int<A>>::max());
+  const I is_nan = d != d;
+  return (key & ~is_nan) | (is_nan & std::numeric_limits<Int<A>>::max());
+}
+
+template <class A>
+struct Scale {
+  A inverse_norm;  // 1 without normalize; NaN where the squared norm is not finite
+  A square;        // |x̂|²
+};
+
+template <class A>
+Scale<A> row_scale(const A* row, int64_t channels, bool normalize) {
+  Vec<A> sums[2] = {};
+  int64_t c = 0;
+  for (; c + 2 * kLanes<A> <= channels; c += 2 * kLanes<A>) {
+    const Vec<A> a = load(row + c), b = load(row + c + kLanes<A>);
+    sums[0] += a * a;
+    sums[1] += b * b;
+  }
+  const Vec<A> pair = sums[0] + sums[1];
+  A square = 0;
+  for (int l = 0; l < kLanes<A>; ++l) square += pair[l];
+  for (; c < channels; ++c) square += row[c] * row[c];
+  if (!normalize) return {A(1), square};
+  const A inverse = std::isfinite(square) ? A(1) / std::max(std::sqrt(square), A(1e-12))
+                                          : std::numeric_limits<A>::quiet_NaN();
+  return {inverse, square * inverse * inverse};
+}
+
+// Writes rows[r][c] * scale[r] to packed[c * pitch + r]; missing rows become zero.
+template <class A>
+void pack(const A* const* rows, int count, const A* scale, int64_t channels, int pitch, A* packed) {
+  typedef A Four __attribute__((vector_size(4 * sizeof(A))));
+  typedef Int<A> Shuffle __attribute__((vector_size(4 * sizeof(A))));
+  for (int r = 0; r < pitch; r += 4) {
+    const int present = std::clamp(count - r, 0, 4);
+    if (present == 4) {
+      const A *p0 = rows[r], *p1 = rows[r + 1], *p2 = rows[r + 2], *p3 = rows[r + 3];
+      const A s0 = scale[r], s1 = scale[r + 1], s2 = scale[r + 2], s3 = scale[r + 3];
+      int64_t c = 0;
+      for (; c + 4 <= channels; c += 4) {
+        Four a, b, d, e;
+        std::memcpy(&a, p0 + c, sizeof a);
+        std::memcpy(&b, p1 + c, sizeof b);
+        std::memcpy(&d, p2 + c, sizeof d);
+        std::memcpy(&e, p3 + c, sizeof e);
+        a *= s0, b *= s1, d *= s2, e *= s3;
+        const Four ab_low = __builtin_shuffle(a, b, Shuffle{0, 4, 1, 5});
+        const Four ab_high = __builtin_shuffle(a, b, Shuffle{2, 6, 3, 7});
+        const Four de_low = __builtin_shuffle(d, e, Shuffle{0, 4, 1, 5});
+        const Four de_high = __builtin_shuffle(d, e, Shuffle{2, 6, 3, 7});
+        const Four columns[4] = {__builtin_shuffle(ab_low, de_low, Shuffle{0, 1, 4, 5}),
+                                 __builtin_shuffle(ab_low, de_low, Shuffle{2, 3, 6, 7}),
+                                 __builtin_shuffle(ab_high, de_high, Shuffle{0, 1, 4, 5}),
+                                 __builtin_shuffle(ab_high, de_high, Shuffle{2, 3, 6, 7})};
+        for (int i = 0; i < 4; ++i) std::memcpy(packed + (c + i) * pitch + r, &columns[i], sizeof columns[i]);
+      }
+      for (; c < channels; ++c)
+        for (int i = 0; i < 4; ++i) packed[c * pitch + r + i] = rows[r + i][c] * scale[r + i];
+    } else {
+      for (int64_t c = 0; c < channels; ++c)
+        for (int i = 0; i < 4; ++i) packed[c * pitch + r + i] = i < present ? rows[r + i][c] * scale[r + i] : A(0);
+    }
+  }
+}
+
+// ---- the product ----
+
+template <class A>
+struct Tile {
+  const A* queries;     // packed [channels][kPackedRows]
+  const A* keys;        // packed [channels][V * lanes]
+  const A* key_square;  // |ŷ|²
+  int64_t channels;
+  const A* factor;  // a row's -2 / |x|
+  A* distances;     // [rows][kSweep]
+};
+
+template <class A, int R, int V>
+void distances_tile(const Tile<A>& t) {
+  Vec<A> sums[R][V] = {};
+  const A *queries = t.queries, *keys = t.keys;
+  for (int64_t c = 0; c < t.channels; ++c, queries += kPackedRows, keys += V * kLanes<A>) {
+    Vec<A> y[V];
+    for (int v = 0; v < V; ++v) y[v] = load(keys + v * kLanes<A>);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec<A> x = splat(queries[r]);
+      for (int v = 0; v < V; ++v) sums[r][v] += x * y[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v)
+      store(t.distances + r * kSweep + v * kLanes<A>,
+            load(t.key_square + v * kLanes<A>) + splat(t.factor[r]) * sums[r][v]);
+}
+
+template <class A, int V>
+void distances_tile(const Tile<A>& t, int rows) {
+  using Function = void (*)(const Tile<A>&);
+  static constexpr auto table = []<int... R>(std::integer_sequence<int, R...>) {
+    struct {
+      Function of[sizeof...(R)];
+    } functions{{&distances_tile<A, R + 1, V>...}};
+    return functions;
+  }(std::make_integer_sequence<int, kRows>{});
+  table.of[rows - 1](t);
+}
+
+// ---- selection ----
+
+// ranks[i] = how many candidates come before candidate i by (distance, position in the list).
+// Candidates stand in ascending order of index, so ties go to the lowest.
+template <class A>
+void count_ranks(const A* values, int n, Int<A>* keys, Int<A>* ranks) {
+  using I = Int<A>;
+  constexpr int lanes = kLanes<A>;
+  Vec<I> lane;
+  for (int l = 0; l < lanes; ++l) lane[l] = l;
+  for (int i = 0; i < n; i += lanes) store(keys + i, ordered<A>(load(values + i)));
+  for (int i = 0; i < n; i += lanes) {
+    const Vec<I> mine = load(keys + i);
+    Vec<I> rank = {};
+    const int diagonal_end = std::min(i + lanes, n);
+    for (int j = 0; j < i; ++j) rank = count_le<I, I>(rank, splat(keys[j]), mine);
+    for (int j = i; j < diagonal_end; ++j) {
+      const Vec<I> other = splat(keys[j]);
+      rank = count_lt<I, I>(rank, other, mine);
+      rank -= (other == mine) & (lane > splat<I>(j - i));
+    }
+    for (int j = diagonal_end; j < n; ++j) rank = count_lt<I, I>(rank, splat(keys[j]), mine);
+    store(ranks + i, rank);
+  }
+}
+
+// A value that at least `wanted` of the row's distances do not exceed, and few more: the wanted-th
+// smallest among the minima of disjoint groups. NaN where there is none.
+template <class A>
+A first_bound(const A* row, int width, int wanted) {
+  constexpr int lanes = kLanes<A>;
+  const int vectors = (width + lanes - 1) / lanes;
+  // Half again as many groups as wanted keeps the bound tight; more only cost comparisons.
+  const int groups = std::min((wanted * 3 / 2 + lanes - 1) / lanes, vectors);
+  Vec<A> minima[(kMaxNeighbours * 3 / 2) / lanes + 1];
+  for (int g = 0; g < groups; ++g) minima[g] = load(row + g * lanes);
+  for (int v = groups, g = 0; v < vectors; ++v, g = g + 1 == groups ? 0 : g + 1) {
+    const Vec<A> d = load(row + v * lanes);
+    minima[g] = d < minima[g] ? d : minima[g];
+  }
+  A all[kMaxNeighbours * 3 / 2 + lanes];
+  for (int g = 0; g < groups; ++g) store(all + g * lanes, minima[g]);
+  const A infinity = std::numeric_limits<A>::infinity();
+  Vec<A> best = splat(infinity);
+  for (int g = 0; g < groups; ++g) {
+    Vec<Int<A>> rank = {};
+    for (int j = 0; j < groups * lanes; ++j) rank = count_le<A, Int<A>>(rank, splat(all[j]), minima[g]);
+    const Vec<A> value = rank >= splat<Int<A>>(wanted) ? minima[g] : splat(infinity);
+    best = value < best ? value : best;
+  }
+  A bound = infinity;
+  for (int l = 0; l < lanes; ++l) bound = std::min<A>(bound, best[l]);
+  return bound < infinity ? std::nextafter(bound, infinity) : std::numeric_limits<A>::quiet_NaN();
+}
+
+template <class A>
+struct Candidates {  // one row's work list; a vector may be written beyond the last entry
+  alignas(64) A value[kCandidates];
+  alignas(64) int32_t index[kCandidates];
+  alignas(64) Int<A> key[kCandidates];
+  alignas(64) Int<A> rank[kCandidates];
+  int count = 0;
+
+  // Keys pass where not (distance >= bound): equal distances later in index cannot enter.
+  void offer(const A* row, int width, int first_index, A bound) {
+    constexpr int lanes = kLanes<A>;
+    const Vec<A> limit = splat(bound);
+    int i = 0;
+    for (; i + lanes <= width; i += lanes) {
+      const Vec<A> d = load(row + i);
+      count += append<A>(below_or_nan<A>(d, limit), d, first_index + i, value + count, index + count);
+    }
+    if (i < width) {
+      const Vec<A> d = load(row + i);
+      const uint32_t valid = (1u << (width - i)) - 1;
+      count += append<A>(below_or_nan<A>(d, limit) & valid, d, first_index + i, value + count, index + count);
+    }
+  }
+
+  // Drops all but the nearest `wanted`, keeping their order; returns the distance of the last of them.
+  A keep_nearest(int wanted) {
+    count_ranks<A>(value, count, key, rank);
+    A worst = std::numeric_limits<A>::quiet_NaN();
+    int kept = 0;
+    for (int i = 0; i < count; ++i) {
+      if (rank[i] == wanted - 1) worst = value[i];
+      value[kept] = value[i];
+      index[kept] = index[i];
+      kept += rank[i] < wanted;
+    }
+    count = kept;
+    return worst;
+  }
+};
+
+// What a row keeps between two blocks of keys.
+template <class A>
+struct Kept {
+  A value[kMaxNeighbours];
+  int32_t index[kMaxNeighbours];
+  int count;
+  A bound;
+};
+
+// ---- one thread's rows ----
+
+template <class A, class T>
+class Worker {
+ public:
+  explicit Worker(const KnnCall& call)
+      : call_(call),
+        wanted_(call.k * call.dilation),
+        key_data_(static_cast<const T*>(call.y ? call.y : call.x)),
+        block_keys_(std::max<int64_t>(kBlockBytes / sizeof(A) / std::max<int64_t>(call.channels, 1), 1)) {
+    // Whole sweeps, so that every block but the last ends on a vector.
+    block_keys_ = std::max<int64_t>(block_keys_ / kPanel * kPanel, kPanel);
+    one_block_ = block_keys_ >= call.keys;
+    if (one_block_) block_keys_ = call.keys;
+    const int64_t padded = (block_keys_ + kPanel - 1) / kPanel * kPanel;
+    packed_keys_ = allocate<A>(padded * call.channels);
+    key_square_ = allocate<A>(padded);
+    packed_queries_ = allocate<A>(kPackedRows * call.channels);
+    if constexpr (!std::is_same_v<A, T>) widened_ = allocate<A>(kPanel * call.channels);
+    distances_ = allocate<A>(kRows * kSweep);
+    work_ = std::make_unique<Candidates<A>>();
+    if (!one_block_) kept_ = std::make_unique<Kept<A>[]>(kRowsAtOnce);
+    for (int s = 0; s < call.k; ++s) slots_[s] = call.ranks ? static_cast<int>(call.ranks[s]) : s * call.dilation;
+  }
+
+  void run(int64_t begin, int64_t end) {
+    for (int64_t b = begin / call_.queries; b * call_.queries < end; ++b) {
+      const int64_t first = std::max(begin - b * call_.queries, int64_t(0));
+      const int64_t last = std::min(end - b * call_.queries, call_.queries);
+      const int64_t step = one_block_ ? kRows : kRowsAtOnce;
+      for (int64_t row = first; row < last; row += step) rows(b, row, std::min(row + step, last));
+    }
+  }
+
+ private:
+  static constexpr int kPanel = 2 * kLanes<A>;
+
+  // As accumulation-type rows: themselves, or widened into `widened_`.
+  void fetch(const T* from, int count, const A** rows) {
+    for (int r = 0; r < count; ++r) {
+      if constexpr (std::is_same_v<A, T>) {
+        rows[r] = from + r * call_.channels;
+      } else {
+        widen_row<A, T>(from + r * call_.channels, call_.channels, widened_.get() + r * call_.channels);
+        rows[r] = widened_.get() + r * call_.channels;
+      }
+    }
+  }
+
+  void pack_keys(int64_t b, int64_t first, int64_t last) {
+    if (packed_batch_ == b && packed_first_ == first) return;
+    packed_batch_ = b;
+    packed_first_ = first;
+    const A* rows[kPanel];
+    A scale[kPanel];
+    for (int64_t j = first; j < last; j += kPanel) {
+      const int count = static_cast<int>(std::min<int64_t>(kPanel, last - j));
+      // The last few keys go to a panel of half the width.
+      const int pitch = count <= kLanes<A> ? kLanes<A> : kPanel;
+      fetch(key_data_ + (b * call_.keys + j) * call_.channels, count, rows);
+      for (int r = 0; r < count; ++r) {
+        const auto [inverse_norm, square] = row_scale(rows[r], call_.channels, call_.normalize);
+        scale[r] = inverse_norm;
+        key_square_[j - first + r] = square;
+      }
+      // Padding that no comparison prefers.
+      for (int r = count; r < pitch; ++r) key_square_[j - first + r] = std::numeric_limits<A>::quiet_NaN();
+      pack<A>(rows, count, scale, call_.channels, pitch, packed_keys_.get() + (j - first) * call_.channels);
+    }
+  }
+
+  void rows(int64_t b, int64_t first, int64_t last) {
+    for (int64_t block = 0; block < call_.keys; block += block_keys_) {
+      const int64_t block_end = std::min(block + block_keys_, call_.keys);
+      pack_keys(b, block, block_end);
+      for (int64_t row = first; row < last; row += kRows)
+        tile(b, row, static_cast<int>(std::min<int64_t>(kRows, last - row)), block, block_end, row - first);
+    }
+  }
+
+  // Rows [row, row + count) against keys [block, block_end).
+  void tile(int64_t b, int64_t row, int count, int64_t block, int64_t block_end, int64_t kept_row) {
+    const A* from[kRows];
+    A one[kRows], factor[kRows], square[kRows];
+    fetch(static_cast<const T*>(call_.x) + (b * call_.queries + row) * call_.channels, count, from);
+    for (int r = 0; r < count; ++r) {
+      const Scale<A> scale = row_scale(from[r], call_.channels, call_.normalize);
+      one[r] = 1;
+      factor[r] = -2 * scale.inverse_norm;
+      square[r] = scale.square;
+    }
+    pack<A>(from, count, one, call_.channels, kPackedRows, packed_queries_.get());
+
+    // Where one sweep holds all keys, a row is finished from the buffer and nothing is kept.
+    const bool single = one_block_ && call_.keys <= kSweep;
+    Kept<A> local[kRows];
+    Kept<A>* kept = one_block_ ? local : kept_.get() + kept_row;
+    if (block == 0 && !single)
+      for (int r = 0; r < count; ++r) kept[r].count = 0, kept[r].bound = std::numeric_limits<A>::quiet_NaN();
+
+    for (int64_t j = block; j < block_end; j += kSweep) {
+      const int width = static_cast<int>(std::min<int64_t>(kSweep, block_end - j));
+      sweep_distances(j - block, width, count, factor);
+      for (int r = 0; r < count; ++r) {
+        A* d = distances_.get() + r * kSweep;
+        if (call_.bias) add_bias(d, b, row + r, j, width);
+        work_->count = 0;
+        A bound = std::numeric_limits<A>::quiet_NaN();
+        if (!single) {
+          work_->count = kept[r].count;
+          std::copy_n(kept[r].value, kept[r].count, work_->value);
+          std::copy_n(kept[r].index, kept[r].count, work_->index);
+          bound = kept[r].bound;
+        }
+        if (work_->count == 0) bound = first_bound(d, width, wanted_);
+        work_->offer(d, width, static_cast<int>(j), bound);
+        if (j + width == call_.keys) {
+          finish(b * call_.queries + row + r, square[r]);
+        } else if (work_->count > kept[r].count) {
+          if (work_->count >= wanted_) kept[r].bound = work_->keep_nearest(wanted_);
+          kept[r].count = work_->count;
+          std::copy_n(work_->value, work_->count, kept[r].value);
+          std::copy_n(work_->index, work_->count, kept[r].index);
+        }
+      }
+    }
+  }
+
+  void sweep_distances(int64_t first, int width, int rows, const A* factor) {
+    for (int j = 0; j < width; j += kPanel) {
+      const Tile<A> t{packed_queries_.get(), packed_keys_.get() + (first + j) * call_.channels,
+                      key_square_.get() + first + j, call_.channels, factor, distances_.get() + j};
+      if (width - j <= kLanes<A>)
+        distances_tile<A, 1>(t, rows);
+      else
+        distances_tile<A, 2>(t, rows);
+    }
+  }
+
+  void add_bias(A* d, int64_t b, int64_t row, int64_t first, int width) const {
+    const int64_t offset = b * call_.bias_stride[0] + row * call_.bias_stride[1] + first * call_.bias_stride[2];
+    if (call_.bias_dtype == call_.dtype)
+      add_bias(d, static_cast<const T*>(call_.bias) + offset, width);
+    else
+      add_bias(d, static_cast<const float*>(call_.bias) + offset, width);
+  }
+  template <class S>
+  void add_bias(A* d, const S* from, int width) const {
+    const int64_t stride = call_.bias_stride[2];
+    if (stride == 1)
+      for (int i = 0; i < width; ++i) d[i] += bias_value(from[i]);
+    else
+      for (int i = 0; i < width; ++i) d[i] += bias_value(from[i * stride]);
+  }
+  template <class S>
+  static A bias_value(S value) {
+    if constexpr (std::is_same_v<S, float>)
+      return value;  // also the bias of a float64 call
+    else
+      return widen<A>(value);
+  }
+
+  void finish(int64_t row, A square) {
+    Candidates<A>& w = *work_;
+    count_ranks<A>(w.value, w.count, w.key, w.rank);
+    // The order buffers take a rank each, kept or not: cheaper than a branch that cannot be predicted.
+    for (int i = 0; i < w.count; ++i) order_[w.rank[i]] = i;
+    for (int s = 0; s < call_.k; ++s) {
+      const int i = order_[slots_[s]];
+      call_.idx[row * call_.k + s] = w.index[i];
+      if (call_.dist) static_cast<A*>(call_.dist)[row * call_.k + s] = w.value[i] + square;
+    }
+  }
+
+  const KnnCall& call_;
+  const int wanted_;
+  const T* key_data_;
+  int64_t block_keys_;
+  bool one_block_;
+  int64_t packed_batch_ = -1, packed_first_ = -1;
+  Buffer<A> packed_keys_, key_square_, packed_queries_, widened_, distances_;
+  std::unique_ptr<Candidates<A>> work_;
+  std::unique_ptr<Kept<A>[]> kept_;
+  int slots_[kMaxNeighbours];
+  int order_[kCandidates];
+};
+
+}  // namespace
+
+void knn(const KnnCall& call, int64_t begin, int64_t end) {
+  switch (call.dtype) {
+    case Dtype::f32: return Worker<float, float>(call).run(begin, end);
+    case Dtype::f64: return Worker<double, double>(call).run(begin, end);
+    case Dtype::bf16: return Worker<float, BFloat16>(call).run(begin, end);
+    case Dtype::f16: return Worker<float, Float16>(call).run(begin, end);
+  }
+}
+
+}  // namespace fer::cpu::FER_ISA

@@ -1,0 +1,208 @@
+// Vectors as wide as the instruction set this file is compiled for, and the few operations that
+// the compiler's own vector types leave open. Everything has internal linkage: the kernel files
+// are compiled several times, and a shared inline function would let the linker keep one copy,
+// possibly one that this processor cannot run.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define FER_ISA avx512
+#define FER_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FER_ISA avx2
+#define FER_VECTOR_BYTES 32
+#else
+#define FER_ISA baseline
+#define FER_VECTOR_BYTES 16
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "fer/knn.h"
+
+namespace fer::cpu::FER_ISA {
+namespace {
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(FER_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+constexpr int kLanes = FER_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+inline Vec<T> load(const T* from) {
+  Vec<T> v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+template <class T>
+inline void store(T* to, Vec<T> v) {
+  std::memcpy(to, &v, sizeof v);
+}
+template <class T>
+inline Vec<T> splat(T value) {
+  return value - Vec<T>{};  // not 0 + value: the compiler must keep that, it turns -0 into +0
+}
+
+// Signed integers of the width of a float type: what vector comparisons yield.
+template <class T>
+struct IntOf;
+template <>
+struct IntOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntOf<double> {
+  using type = int64_t;
+};
+template <class T>
+using Int = typename IntOf<T>::type;
+
+// counts + 1 in every lane where a <= b (a < b).
+template <class T, class N>
+inline Vec<N> count_le(Vec<N> counts, Vec<T> a, Vec<T> b) {
+  return counts - (a <= b);
+}
+template <class T, class N>
+inline Vec<N> count_lt(Vec<N> counts, Vec<T> a, Vec<T> b) {
+  return counts - (a < b);
+}
+
+// Bit l is set where not (d[l] >= bound[l]): below the bound, or unordered.
+template <class T>
+inline uint32_t below_or_nan(Vec<T> d, Vec<T> bound) {
+  uint32_t bits = 0;
+  for (int l = 0; l < kLanes<T>; ++l) bits |= static_cast<uint32_t>(!(d[l] >= bound[l])) << l;
+  return bits;
+}
+
+// Appends the chosen lanes of d and their indices first + l; up to a vector beyond may be overwritten.
+template <class T>
+inline int append(uint32_t chosen, Vec<T> d, int first, T* values, int32_t* indices) {
+  int n = 0;
+  for (; chosen; chosen &= chosen - 1, ++n) {
+    const int lane = __builtin_ctz(chosen);
+    values[n] = d[lane];
+    indices[n] = first + lane;
+  }
+  return n;
+}
+
+#if defined(__AVX512F__)
+template <>
+inline Vec<int32_t> count_le<float, int32_t>(Vec<int32_t> counts, Vec<float> a, Vec<float> b) {
+  const __m512i c = reinterpret_cast<__m512i>(counts);
+  const __mmask16 le = _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ);
+  return reinterpret_cast<Vec<int32_t>>(_mm512_mask_add_epi32(c, le, c, _mm512_set1_epi32(1)));
+}
+template <>
+inline Vec<int32_t> count_le<int32_t, int32_t>(Vec<int32_t> counts, Vec<int32_t> a, Vec<int32_t> b) {
+  const __m512i c = reinterpret_cast<__m512i>(counts);
+  const __mmask16 le = _mm512_cmple_epi32_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
+  return reinterpret_cast<Vec<int32_t>>(_mm512_mask_add_epi32(c, le, c, _mm512_set1_epi32(1)));
+}
+template <>
+inline Vec<int32_t> count_lt<int32_t, int32_t>(Vec<int32_t> counts, Vec<int32_t> a, Vec<int32_t> b) {
+  const __m512i c = reinterpret_cast<__m512i>(counts);
+  const __mmask16 lt = _mm512_cmplt_epi32_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
+  return reinterpret_cast<Vec<int32_t>>(_mm512_mask_add_epi32(c, lt, c, _mm512_set1_epi32(1)));
+}
+template <>
+inline uint32_t below_or_nan<float>(Vec<float> d, Vec<float> bound) {
+  return _mm512_cmp_ps_mask(d, bound, _CMP_NGE_UQ);
+}
+template <>
+inline uint32_t below_or_nan<double>(Vec<double> d, Vec<double> bound) {
+  return _mm512_cmp_pd_mask(d, bound, _CMP_NGE_UQ);
+}
+template <>
+inline int append<float>(uint32_t chosen, Vec<float> d, int first, float* values, int32_t* indices) {
+  const __mmask16 mask = static_cast<__mmask16>(chosen);
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  // Compressing in a register and storing it whole is far cheaper than a compressing store.
+  _mm512_storeu_ps(values, _mm512_maskz_compress_ps(mask, d));
+  _mm512_storeu_si512(indices, _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(lanes, _mm512_set1_epi32(first))));
+  return __builtin_popcount(chosen);
+}
+#elif defined(__AVX2__)
+template <>
+inline uint32_t below_or_nan<float>(Vec<float> d, Vec<float> bound) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(d, bound, _CMP_NGE_UQ));
+}
+template <>
+inline uint32_t below_or_nan<double>(Vec<double> d, Vec<double> bound) {
+  return _mm256_movemask_pd(_mm256_cmp_pd(d, bound, _CMP_NGE_UQ));
+}
+#endif
+
+// ---- input elements ----
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class To>
+inline To widen(To value) {
+  return value;
+}
+template <class To>
+inline To widen(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+template <class To>
+inline To widen(Float16 value) {
+#if defined(__F16C__)
+  return _cvtsh_ss(value.bits);
+#else
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
+  const uint32_t exponent = (value.bits >> 10) & 0x1F, fraction = value.bits & 0x3FF;
+  uint32_t bits;
+  float result;
+  if (exponent == 0) {  // zero and subnormals: fraction * 2^-24
+    result = static_cast<float>(fraction) * 5.9604644775390625e-8f;
+    std::memcpy(&bits, &result, sizeof bits);
+    bits |= sign;
+  } else {
+    bits = sign | ((exponent == 31 ? 255 : exponent + 112) << 23) | (fraction << 13);
+  }
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+#endif
+}
+
+// `count` elements of any input type as accumulation type To.
+template <class To, class From>
+inline void widen_row(const From* from, int64_t count, To* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = widen<To>(from[i]);
+}
+#if defined(__AVX512F__)
+template <>
+inline void widen_row<float, Float16>(const Float16* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16)
+    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
+  for (; i < count; ++i) to[i] = widen<float>(from[i]);
+}
+#elif defined(__F16C__)
+template <>
+inline void widen_row<float, Float16>(const Float16* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  for (; i < count; ++i) to[i] = widen<float>(from[i]);
+}
+#endif
+
+}  // namespace
+}  // namespace fer::cpu::FER_ISA
