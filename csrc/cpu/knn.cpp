@@ -59,16 +59,18 @@ struct Scale {
 
 template <class A>
 Scale<A> row_scale(const A* row, int64_t channels, bool normalize) {
-  Vec<A> sums[2] = {};
+  Vec<A> sums[4] = {};  // enough chains to hide the latency of an addition
   int64_t c = 0;
-  for (; c + 2 * kLanes<A> <= channels; c += 2 * kLanes<A>) {
-    const Vec<A> a = load(row + c), b = load(row + c + kLanes<A>);
-    sums[0] += a * a;
-    sums[1] += b * b;
+  for (; c + 4 * kLanes<A> <= channels; c += 4 * kLanes<A>)
+    for (int i = 0; i < 4; ++i) {
+      const Vec<A> v = load(row + c + i * kLanes<A>);
+      sums[i] += v * v;
+    }
+  for (; c + kLanes<A> <= channels; c += kLanes<A>) {
+    const Vec<A> v = load(row + c);
+    sums[0] += v * v;
   }
-  const Vec<A> pair = sums[0] + sums[1];
-  A square = 0;
-  for (int l = 0; l < kLanes<A>; ++l) square += pair[l];
+  A square = total<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (; c < channels; ++c) square += row[c] * row[c];
   if (!normalize) return {A(1), square};
   const A inverse = std::isfinite(square) ? A(1) / std::max(std::sqrt(square), A(1e-12))
@@ -76,18 +78,20 @@ Scale<A> row_scale(const A* row, int64_t channels, bool normalize) {
   return {inverse, square * inverse * inverse};
 }
 
-// Writes rows[r][c] * scale[r] to packed[c * pitch + r]; missing rows become zero.
+// Writes rows[r][c] * scale[r] to packed[c * pitch + r]; pitch is a multiple of 4.
 template <class A>
-void pack(const A* const* rows, int count, const A* scale, int64_t channels, int pitch, A* packed) {
+void pack(const A* const* rows, const A* scale, int64_t channels, int pitch, A* packed) {
   typedef A Four __attribute__((vector_size(4 * sizeof(A))));
   typedef Int<A> Shuffle __attribute__((vector_size(4 * sizeof(A))));
-  for (int r = 0; r < pitch; r += 4) {
-    const int present = std::clamp(count - r, 0, 4);
-    if (present == 4) {
+  constexpr int64_t kChunk = 64;  // channels whose packed rows stay in the first-level cache while all rows pass
+  for (int64_t chunk = 0; chunk < channels; chunk += kChunk) {
+    const int64_t end = std::min(chunk + kChunk, channels);
+    for (int r = 0; r < pitch; r += 4) {
       const A *p0 = rows[r], *p1 = rows[r + 1], *p2 = rows[r + 2], *p3 = rows[r + 3];
       const A s0 = scale[r], s1 = scale[r + 1], s2 = scale[r + 2], s3 = scale[r + 3];
-      int64_t c = 0;
-      for (; c + 4 <= channels; c += 4) {
+      A* to = packed + chunk * pitch + r;
+      int64_t c = chunk;
+      for (; c + 4 <= end; c += 4) {
         Four a, b, d, e;
         std::memcpy(&a, p0 + c, sizeof a);
         std::memcpy(&b, p1 + c, sizeof b);
@@ -102,13 +106,11 @@ void pack(const A* const* rows, int count, const A* scale, int64_t channels, int
                                  __builtin_shuffle(ab_low, de_low, Shuffle{2, 3, 6, 7}),
                                  __builtin_shuffle(ab_high, de_high, Shuffle{0, 1, 4, 5}),
                                  __builtin_shuffle(ab_high, de_high, Shuffle{2, 3, 6, 7})};
-        for (int i = 0; i < 4; ++i) std::memcpy(packed + (c + i) * pitch + r, &columns[i], sizeof columns[i]);
+        for (int i = 0; i < 4; ++i, to += pitch) std::memcpy(to, &columns[i], sizeof columns[i]);
       }
-      for (; c < channels; ++c)
-        for (int i = 0; i < 4; ++i) packed[c * pitch + r + i] = rows[r + i][c] * scale[r + i];
-    } else {
-      for (int64_t c = 0; c < channels; ++c)
-        for (int i = 0; i < 4; ++i) packed[c * pitch + r + i] = i < present ? rows[r + i][c] * scale[r + i] : A(0);
+      for (; c < end; ++c, to += pitch) {
+        to[0] = p0[c] * s0, to[1] = p1[c] * s1, to[2] = p2[c] * s2, to[3] = p3[c] * s3;
+      }
     }
   }
 }
@@ -191,25 +193,25 @@ A first_bound(const A* row, int width, int wanted) {
   const int vectors = (width + lanes - 1) / lanes;
   // Half again as many groups as wanted keeps the bound tight; more only cost comparisons.
   const int groups = std::min((wanted * 3 / 2 + lanes - 1) / lanes, vectors);
-  Vec<A> minima[(kMaxNeighbours * 3 / 2) / lanes + 1];
-  for (int g = 0; g < groups; ++g) minima[g] = load(row + g * lanes);
-  for (int v = groups, g = 0; v < vectors; ++v, g = g + 1 == groups ? 0 : g + 1) {
-    const Vec<A> d = load(row + v * lanes);
-    minima[g] = d < minima[g] ? d : minima[g];
+  alignas(64) A minima[kMaxNeighbours * 3 / 2 + lanes];
+  for (int g = 0; g < groups; ++g) {
+    Vec<A> low = load(row + g * lanes);
+    for (int v = g + groups; v < vectors; v += groups) low = smaller<A>(load(row + v * lanes), low);
+    store(minima + g * lanes, low);
   }
-  A all[kMaxNeighbours * 3 / 2 + lanes];
-  for (int g = 0; g < groups; ++g) store(all + g * lanes, minima[g]);
   const A infinity = std::numeric_limits<A>::infinity();
   Vec<A> best = splat(infinity);
   for (int g = 0; g < groups; ++g) {
     Vec<Int<A>> rank = {};
-    for (int j = 0; j < groups * lanes; ++j) rank = count_le<A, Int<A>>(rank, splat(all[j]), minima[g]);
-    const Vec<A> value = rank >= splat<Int<A>>(wanted) ? minima[g] : splat(infinity);
-    best = value < best ? value : best;
+    const Vec<A> mine = load(minima + g * lanes);
+    for (int j = 0; j < groups * lanes; ++j) rank = count_le<A, Int<A>>(rank, splat(minima[j]), mine);
+    const Vec<A> value = rank >= splat<Int<A>>(wanted) ? mine : splat(infinity);
+    best = smaller<A>(value, best);
   }
-  A bound = infinity;
-  for (int l = 0; l < lanes; ++l) bound = std::min<A>(bound, best[l]);
-  return bound < infinity ? std::nextafter(bound, infinity) : std::numeric_limits<A>::quiet_NaN();
+  const A bound = least<A>(best);
+  // The filter is strict, so the bound must lie a little above.
+  const A above = bound + std::abs(bound) * std::numeric_limits<A>::epsilon() + std::numeric_limits<A>::min();
+  return above < infinity ? above : std::numeric_limits<A>::quiet_NaN();
 }
 
 template <class A>
@@ -224,16 +226,17 @@ struct Candidates {  // one row's work list; a vector may be written beyond the 
   void offer(const A* row, int width, int first_index, A bound) {
     constexpr int lanes = kLanes<A>;
     const Vec<A> limit = splat(bound);
-    int i = 0;
+    int i = 0, n = count;
     for (; i + lanes <= width; i += lanes) {
       const Vec<A> d = load(row + i);
-      count += append<A>(below_or_nan<A>(d, limit), d, first_index + i, value + count, index + count);
+      n += append<A>(below_or_nan<A>(d, limit), d, first_index + i, value + n, index + n);
     }
     if (i < width) {
       const Vec<A> d = load(row + i);
       const uint32_t valid = (1u << (width - i)) - 1;
-      count += append<A>(below_or_nan<A>(d, limit) & valid, d, first_index + i, value + count, index + count);
+      n += append<A>(below_or_nan<A>(d, limit) & valid, d, first_index + i, value + n, index + n);
     }
+    count = n;
   }
 
   // Drops all but the nearest `wanted`, keeping their order; returns the distance of the last of them.
@@ -278,6 +281,7 @@ class Worker {
     const int64_t padded = (block_keys_ + kPanel - 1) / kPanel * kPanel;
     packed_keys_ = allocate<A>(padded * call.channels);
     key_square_ = allocate<A>(padded);
+    key_scale_ = allocate<A>(padded);
     packed_queries_ = allocate<A>(kPackedRows * call.channels);
     if constexpr (!std::is_same_v<A, T>) widened_ = allocate<A>(kPanel * call.channels);
     distances_ = allocate<A>(kRows * kSweep);
@@ -298,8 +302,9 @@ class Worker {
  private:
   static constexpr int kPanel = 2 * kLanes<A>;
 
-  // As accumulation-type rows: themselves, or widened into `widened_`.
-  void fetch(const T* from, int count, const A** rows) {
+  // As accumulation-type rows: themselves, or widened into `widened_`. Beyond `count` the last row
+  // stands in up to `pitch`; what is computed from it is never looked at.
+  void fetch(const T* from, int count, int pitch, const A** rows) {
     for (int r = 0; r < count; ++r) {
       if constexpr (std::is_same_v<A, T>) {
         rows[r] = from + r * call_.channels;
@@ -308,6 +313,7 @@ class Worker {
         rows[r] = widened_.get() + r * call_.channels;
       }
     }
+    std::fill(rows + count, rows + pitch, rows[count - 1]);
   }
 
   void pack_keys(int64_t b, int64_t first, int64_t last) {
@@ -315,20 +321,21 @@ class Worker {
     packed_batch_ = b;
     packed_first_ = first;
     const A* rows[kPanel];
-    A scale[kPanel];
     for (int64_t j = first; j < last; j += kPanel) {
       const int count = static_cast<int>(std::min<int64_t>(kPanel, last - j));
       // The last few keys go to a panel of half the width.
       const int pitch = count <= kLanes<A> ? kLanes<A> : kPanel;
-      fetch(key_data_ + (b * call_.keys + j) * call_.channels, count, rows);
+      A* scale = key_scale_.get() + j - first;
+      A* square = key_square_.get() + j - first;
+      fetch(key_data_ + (b * call_.keys + j) * call_.channels, count, pitch, rows);
       for (int r = 0; r < count; ++r) {
-        const auto [inverse_norm, square] = row_scale(rows[r], call_.channels, call_.normalize);
-        scale[r] = inverse_norm;
-        key_square_[j - first + r] = square;
+        const Scale<A> of_row = row_scale(rows[r], call_.channels, call_.normalize);
+        scale[r] = of_row.inverse_norm;
+        square[r] = of_row.square;
       }
-      // Padding that no comparison prefers.
-      for (int r = count; r < pitch; ++r) key_square_[j - first + r] = std::numeric_limits<A>::quiet_NaN();
-      pack<A>(rows, count, scale, call_.channels, pitch, packed_keys_.get() + (j - first) * call_.channels);
+      // Padding becomes NaN distances, which no bound is taken from.
+      for (int r = count; r < pitch; ++r) scale[r] = 1, square[r] = std::numeric_limits<A>::quiet_NaN();
+      pack<A>(rows, scale, call_.channels, pitch, packed_keys_.get() + (j - first) * call_.channels);
     }
   }
 
@@ -343,16 +350,19 @@ class Worker {
 
   // Rows [row, row + count) against keys [block, block_end).
   void tile(int64_t b, int64_t row, int count, int64_t block, int64_t block_end, int64_t kept_row) {
-    const A* from[kRows];
-    A one[kRows], factor[kRows], square[kRows];
-    fetch(static_cast<const T*>(call_.x) + (b * call_.queries + row) * call_.channels, count, from);
+    const A* from[kPackedRows];
+    A factor[kPackedRows], square[kPackedRows];
+    fetch(static_cast<const T*>(call_.x) + (b * call_.queries + row) * call_.channels, count, kPackedRows, from);
+    const bool known = one_block_ && !call_.y;  // these rows were keys a moment ago
     for (int r = 0; r < count; ++r) {
-      const Scale<A> scale = row_scale(from[r], call_.channels, call_.normalize);
-      one[r] = 1;
+      const Scale<A> scale = known ? Scale<A>{key_scale_[row + r], key_square_[row + r]}
+                                   : row_scale(from[r], call_.channels, call_.normalize);
       factor[r] = -2 * scale.inverse_norm;
       square[r] = scale.square;
     }
-    pack<A>(from, count, one, call_.channels, kPackedRows, packed_queries_.get());
+    A one[kPackedRows];
+    std::fill_n(one, kPackedRows, A(1));
+    pack<A>(from, one, call_.channels, kPackedRows, packed_queries_.get());
 
     // Where one sweep holds all keys, a row is finished from the buffer and nothing is kept.
     const bool single = one_block_ && call_.keys <= kSweep;
@@ -441,7 +451,7 @@ class Worker {
   int64_t block_keys_;
   bool one_block_;
   int64_t packed_batch_ = -1, packed_first_ = -1;
-  Buffer<A> packed_keys_, key_square_, packed_queries_, widened_, distances_;
+  Buffer<A> packed_keys_, key_square_, key_scale_, packed_queries_, widened_, distances_;
   std::unique_ptr<Candidates<A>> work_;
   std::unique_ptr<Kept<A>[]> kept_;
   int slots_[kMaxNeighbours];

@@ -49,6 +49,24 @@ inline Vec<T> splat(T value) {
   return value - Vec<T>{};  // not 0 + value: the compiler must keep that, it turns -0 into +0
 }
 
+// a < b ? a : b in every lane, that is b where either is NaN.
+template <class T>
+inline Vec<T> smaller(Vec<T> a, Vec<T> b) {
+  return a < b ? a : b;
+}
+template <class T>
+inline T total(Vec<T> v) {
+  T sum = 0;
+  for (int l = 0; l < kLanes<T>; ++l) sum += v[l];
+  return sum;
+}
+template <class T>
+inline T least(Vec<T> v) {
+  T low = v[0];
+  for (int l = 1; l < kLanes<T>; ++l) low = v[l] < low ? v[l] : low;
+  return low;
+}
+
 // Signed integers of the width of a float type: what vector comparisons yield.
 template <class T>
 struct IntOf;
@@ -94,6 +112,18 @@ inline int append(uint32_t chosen, Vec<T> d, int first, T* values, int32_t* indi
 }
 
 #if defined(__AVX512F__)
+template <>
+inline Vec<float> smaller<float>(Vec<float> a, Vec<float> b) {
+  return _mm512_min_ps(a, b);
+}
+template <>
+inline float total<float>(Vec<float> v) {
+  return _mm512_reduce_add_ps(v);
+}
+template <>
+inline float least<float>(Vec<float> v) {
+  return _mm512_reduce_min_ps(v);
+}
 template <>
 inline Vec<int32_t> count_le<float, int32_t>(Vec<int32_t> counts, Vec<float> a, Vec<float> b) {
   const __m512i c = reinterpret_cast<__m512i>(counts);
