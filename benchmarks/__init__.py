@@ -1,1 +1,1 @@
-"""Speed and memory of every operator against its peers, after a correctness gate: ``python -m benchmarks``."""
+"""Speed and memory of each operator against its peers, after a correctness gate: ``python -m benchmarks``."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,13 +28,14 @@ class Ceiling:
         return (moving, "bytes") if moving >= computing else (computing, "flops")
 
 
+@functools.cache
 def measure(device: str, dtype: torch.dtype, quick: bool) -> Ceiling:
     """The best of several runs on random data (zeros can run faster than data does)."""
     gpu = device == "cuda"
     copied = (1 << 30) // (16 if quick else 1) if gpu else (1 << 28) // (8 if quick else 1)
     source = torch.randint(0, 255, (copied,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    size = (2048 if quick else 8192) if gpu else (512 if quick else 2048)
+    size = (2048 if quick else 8192) if gpu else (1024 if quick else 2048)
     factor = torch.randn(size, size, device=device).to(dtype)
     product = torch.empty_like(factor)
     return Ceiling(
@@ -39,7 +44,10 @@ def measure(device: str, dtype: torch.dtype, quick: bool) -> Ceiling:
     )
 
 
-def _best_seconds(call, gpu: bool, quick: bool) -> float:
-    sample = (lambda: between_events(call)) if gpu else cpu_sampler(call)
-    repeats = 3 if quick else 10
-    return min(sample() for _ in range(1 + repeats))
+def _best_seconds(call: Callable[[], Any], gpu: bool, quick: bool) -> float:
+    sample = functools.partial(between_events, call) if gpu else cpu_sampler(call)
+    end = time.perf_counter() + (0.3 if quick else 2.0)
+    best = sample()
+    while time.perf_counter() < end:
+        best = min(best, sample())
+    return best

@@ -35,7 +35,9 @@ def value_problem(what: str, actual: Tensor, expected: Tensor, bound: float) -> 
     )
 
 
-def judged(suite: Suite, provider: Provider, case: Case, inputs: Inputs, expected: Any, output: Any) -> str | None:
+def judged(
+    suite: Suite, provider: Provider, case: Case, inputs: Inputs, expected: Any, output: Any
+) -> str | None:
     """What is wrong with a provider's raw output, or None."""
     if not provider.gated:
         return None

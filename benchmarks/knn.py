@@ -128,9 +128,11 @@ def judge(case: Case, inputs: Inputs, expected: Tensor, idx: Tensor, arithmetic:
     return value_problem("slots", chosen, expected, rounding_bound(case.shape["C"], arithmetic))
 
 
-def _run_ours(case: Case, backend: str) -> Callable[[Inputs], Tensor]:
+def _run_ours(case: Case, backend: str) -> Callable[[Inputs], Any]:
     k, d = case.shape["k"], case.shape["d"]
-    return lambda inputs: fer_kernels.dilated_knn(**inputs, k=k, dilation=d, backend=backend)
+    return lambda inputs: fer_kernels.dilated_knn(
+        inputs["x"], inputs.get("y"), k=k, dilation=d, backend=backend
+    )
 
 
 def vig_knn(x: Tensor, y: Tensor | None, k: int, d: int) -> Tensor:

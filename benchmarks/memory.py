@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,15 @@ def _cuda(call: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _resident(call: Callable[[], Any], repeats: int = 3) -> int | None:
-    # The median: a resident page that another thread of the process touches is noise.
-    extra = sorted(_resident_once(call) or 0 for _ in range(repeats)) if _can_reset() else []
-    return extra[repeats // 2] if extra else None
+def _resident(call: Callable[[], Any]) -> int | None:
+    if not _can_reset():
+        return None
+    start = time.perf_counter()
+    extra = [_resident_once(call)]
+    # The median: what other threads of the process touch is noise. A long call moves too much to care.
+    while len(extra) < 3 and time.perf_counter() - start < 0.5:
+        extra.append(_resident_once(call))
+    return sorted(extra)[len(extra) // 2]
 
 
 def _can_reset() -> bool:

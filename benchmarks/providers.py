@@ -22,13 +22,19 @@ def ours(op: str, run: Callable[[Case, str], Callable[[Inputs], Any]]) -> tuple[
     return tuple(
         Provider(
             f"ours-{backend}",
-            open=lambda case, device, backend=backend: run(case, backend),
+            open=functools.partial(_open, run, backend),
             why_not=functools.partial(_backend_problem, op, backend),
             role="ours",
             arithmetic=torch.float32,
         )
         for backend in dispatch.OPERATORS[op].dtypes
     )
+
+
+def _open(
+    run: Callable[[Case, str], Callable[[Inputs], Any]], backend: str, case: Case, device: str
+) -> Callable[[Inputs], Any]:
+    return run(case, backend)
 
 
 def _backend_problem(op: str, backend: str, case: Case, device: str) -> str | None:

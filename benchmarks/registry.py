@@ -49,7 +49,9 @@ class Case:
 
     def __post_init__(self) -> None:
         if self.direction not in DIRECTIONS:
-            raise ValueError(f"Case {self.name}: direction must be one of {DIRECTIONS}, got {self.direction!r}")
+            raise ValueError(
+                f"Case {self.name}: direction must be one of {DIRECTIONS}, got {self.direction!r}"
+            )
 
     @property
     def title(self) -> str:
@@ -130,9 +132,7 @@ def load() -> dict[str, Suite]:
     return SUITES
 
 
-def select(
-    suite: Suite, device: str, text: str = "", dtypes: list[str] | None = None
-) -> tuple[Case, ...]:
+def select(suite: Suite, device: str, text: str = "", dtypes: list[str] | None = None) -> tuple[Case, ...]:
     """The cases for this device whose name or tags contain `text`."""
     return tuple(
         case

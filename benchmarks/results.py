@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import types
@@ -87,28 +88,24 @@ def _replace(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-class _Lines(list):
-    write = list.append
-
-
 def save_csv(path: Path, rows: Iterable[Row]) -> None:
-    lines = _Lines()
-    writer = csv.writer(lines, lineterminator="\n")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in rows:
         writer.writerow([_write(getattr(row, name)) for name in COLUMNS])
-    _replace(path, "".join(lines))
+    _replace(path, text.getvalue())
 
 
 def load_csv(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path} is not a result file of this version: its columns are {reader.fieldnames}")
+            raise ValueError(
+                f"{path} is not a result file of this version: its columns are {reader.fieldnames}"
+            )
         parsers = _parsers()
-        return [
-            Row(**{name: _read(parsers[name], text) for name, text in line.items()}) for line in reader
-        ]
+        return [Row(**{name: _read(parsers[name], text) for name, text in line.items()}) for line in reader]
 
 
 def _read(parse: type, text: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import sys
@@ -92,7 +93,7 @@ class CudaSampler:
         self, call: Callable[[Any], Any], input_sets: Sequence[Any], pool: Any, capturable: bool
     ) -> None:
         for inputs in input_sets[:2]:  # the second finds the allocator and the handles warm
-            seconds = between_events(lambda inputs=inputs: call(inputs))
+            seconds = between_events(functools.partial(call, inputs))
         rotations = math.ceil(CUDA_SAMPLE_SECONDS / max(seconds, 1e-6) / len(input_sets))
         rotations = max(1, min(rotations, MAX_CALLS_A_SAMPLE // len(input_sets)))
         self._calls = rotations * len(input_sets)

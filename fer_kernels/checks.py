@@ -10,7 +10,7 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def shape(tensor: torch.Tensor) -> str:
-    return "(" + ", ".join(str(size) for size in tensor.shape) + ")"
+    return str(tuple(tensor.shape))
 
 
 def positive_int(function: str, name: str, value: Any) -> None:

@@ -7,8 +7,10 @@ findings with three different remedies, so each keeps its own words.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,10 +25,27 @@ class Extension:
     problem: str | None  # None exactly when the module is loaded
 
 
+def _built_folder() -> Path | None:
+    """Where the compiled modules lie: beside this file, or in the installed package.
+
+    The second is for a Python started in a source checkout, whose fer_kernels/ folder comes before
+    the installed package and holds no compiled module.
+    """
+    folders = [Path(__file__).parent]
+    if not (folders[0] / "_build_info.json").is_file():
+        installed = importlib.metadata.distributions(name="fer-kernels")
+        folders += [Path(str(found.locate_file("fer_kernels"))) for found in installed]
+    return next((folder for folder in folders if (folder / "_build_info.json").is_file()), None)
+
+
+_folder = _built_folder()
+if _folder is not None and _folder != Path(__file__).parent:
+    sys.modules[__package__].__path__.append(str(_folder))
+
+
 def build_info() -> dict[str, Any]:
-    """What setup.py recorded when it built this installation; empty where nothing was built."""
-    path = Path(__file__).with_name("_build_info.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """What setup.py recorded when it built the compiled modules; empty where nothing was built."""
+    return json.loads((_folder / "_build_info.json").read_text()) if _folder else {}
 
 
 def _load(name: str) -> Extension:

@@ -1,5 +1,6 @@
 // The CPU module: operators for torch's CPU dispatch key, and facts about the build for Python.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <atomic>
 #include <string>

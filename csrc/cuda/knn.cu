@@ -131,40 +131,43 @@ __device__ __forceinline__ Byte* unit_address(Byte* rows, int row, int unit) {
   return rows + row * kChunkBytes + ((unit ^ (row & 7)) * kUnitBytes);
 }
 
-// Stages this thread's unit of `row`; channels past the end, and whole rows that are not there, become zeros.
+// Stages one unit, of which the first `left` elements are there: all or none if aligned.
 template <class Element>
-__device__ __forceinline__ void stage_unit(unsigned char* rows, const Element* source, int row, bool row_present,
-                                           int64_t channel, const Problem& problem) {
+__device__ __forceinline__ void stage_unit(unsigned char* target, const Element* source, int left, bool aligned) {
   constexpr int kPerUnit = kUnitBytes / sizeof(Element);
-  const int64_t channels = problem.call.channels;
-  unsigned char* target = unit_address(rows, row, threadIdx.x % kUnits);
-  const Element* first = source + row * channels + channel;
-  if (problem.aligned) {  // then a unit is either whole or absent
-    const bool present = row_present && channel < channels;
-    copy_async_16(target, present ? first : source, present);
+  if (aligned) {
+    copy_async_16(target, source, left > 0);
   } else {
     alignas(kUnitBytes) Element unit[kPerUnit];
 #pragma unroll
-    for (int e = 0; e < kPerUnit; ++e) {
-      unit[e] = row_present && channel + e < channels ? first[e] : Element(0.0f);
-    }
+    for (int e = 0; e < kPerUnit; ++e) unit[e] = e < left ? source[e] : Element{};
     *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(unit);
   }
 }
 
+// Stages a chunk of the channels, a unit of one query and of every kRows-th key a thread. Channels
+// past the end become zeros, and so do keys up to the next multiple of 16, as multiply() reads them.
 template <class Element, class S>
 __device__ __forceinline__ void stage_chunk(unsigned char* stage, const Element* queries, int rows, const Element* keys,
                                             int key_count, int chunk, const Problem& problem) {
+  constexpr int kPerUnit = kUnitBytes / sizeof(Element);
+  const int64_t channels = problem.call.channels;
   const int row = threadIdx.x / kUnits;
-  const int64_t channel =
-      (int64_t(chunk) * kUnits + threadIdx.x % kUnits) * (kUnitBytes / static_cast<int>(sizeof(Element)));
-  stage_unit(stage, queries, row, row < rows, channel, problem);
+  const int unit = threadIdx.x % kUnits;
+  const int64_t channel = (int64_t(chunk) * kUnits + unit) * kPerUnit;
+  const int left = static_cast<int>(max(int64_t(0), min(int64_t(kPerUnit), channels - channel)));
+  stage_unit(unit_address(stage, row, unit), queries + row * channels + channel, row < rows ? left : 0,
+             problem.aligned);
+  const Element* source = keys + row * channels + channel;
+  const int padded_count = (key_count + 15) / 16 * 16;
 #pragma unroll
   for (int first = 0; first < S::kKeys; first += S::kRows) {
     const int key = first + row;
-    if (key < (key_count + 15) / 16 * 16) {  // multiply() reads keys by 16
-      stage_unit(stage + S::kRows * kChunkBytes, keys, key, key < key_count, channel, problem);
+    if (key < padded_count) {
+      stage_unit(unit_address(stage + S::kRows * kChunkBytes, key, unit), source, key < key_count ? left : 0,
+                 problem.aligned);
     }
+    source += S::kRows * channels;
   }
 }
 
@@ -292,6 +295,18 @@ struct Shortlist {
   uint32_t* indices;
 };
 
+// How many of the warp's candidates, kCount a lane, pass the test. Counted in floats: their predicated
+// add runs beside the integer compare, on units that would otherwise idle.
+template <int kCount, class Test>
+__device__ __forceinline__ int count_candidates(Test passes) {
+  float passed = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (passes(i)) passed += 1.0f;
+  }
+  return warp_sum(static_cast<int>(passed));
+}
+
 // The cut that admits exactly `wanted` of the warp's candidates, which include at least so many
 // besides kNobody, with indices below `index_end`.
 //
@@ -318,10 +333,7 @@ __device__ Cut find_cut(const uint32_t (&keys)[kCount], const uint32_t (&indices
     // Clamped, as infinities and NaN have no middle and rounding may reach an end.
     const uint32_t pivot =
         step < kStepsByValue ? min(max(ordered_key(middle), low), high - 1) : low + (high - low) / 2;
-    int count = 0;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) count += keys[i] <= pivot;
-    count = warp_sum(count);
+    const int count = count_candidates<kCount>([&](int i) { return keys[i] <= pivot; });
     if (count == wanted) return {pivot + 1, 0};
     if (count < wanted) {
       low = pivot + 1;
@@ -333,17 +345,11 @@ __device__ Cut find_cut(const uint32_t (&keys)[kCount], const uint32_t (&indices
   }
 
   // Several candidates share the last key admitted: those with the lowest indices come in.
-  int below = 0;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) below += keys[i] < low;
-  const int room = wanted - warp_sum(below);
+  const int room = wanted - count_candidates<kCount>([&](int i) { return keys[i] < low; });
   uint32_t first = 1, last = index_end;
   while (true) {
     const uint32_t end = first + (last - first) / 2;
-    int count = 0;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) count += keys[i] == low && indices[i] < end;
-    count = warp_sum(count);
+    const int count = count_candidates<kCount>([&](int i) { return keys[i] == low && indices[i] < end; });
     if (count == room || first >= last) return {low, end};
     if (count < room) {
       first = end + 1;
@@ -400,15 +406,13 @@ __device__ int offer(Shortlist list, int size, uint32_t& limit, const uint32_t* 
   constexpr int kListed = S::kCapacity / 32;
   constexpr int kOffered = S::kKeysPerLane;
   uint32_t keys[kOffered], indices[kOffered];
-  int below = 0;
 #pragma unroll
   for (int i = 0; i < kOffered; ++i) {
     const int column = lane_id() * kOffered + i;  // an odd stride for Wide: no two lanes share a bank
     keys[i] = row[column];
     indices[i] = first_index + column;
-    below += keys[i] < limit;
   }
-  const int applicants = warp_sum(below);
+  const int applicants = count_candidates<kOffered>([&](int i) { return keys[i] < limit; });
   if (applicants == 0) return size;
   if (size + applicants <= S::kCapacity) {
     append(list, size, keys, indices, {limit, 0});
@@ -443,9 +447,8 @@ __device__ void trim(Shortlist list, int size, int wanted, uint32_t index_end) {
 }
 
 // Sorts a shortlist of at most 32 kPerLane entries in place: an entry's place is the number of
-// smaller ones. Counting them takes two instructions a pair; a sorting network of so many (key,
-// index) pairs takes more, most of them shuffles. The count is a float because adding to it then
-// runs beside the integer compare, on units that would otherwise idle.
+// smaller ones. Counting them, in floats as above, takes two instructions a pair; a sorting network
+// of so many (key, index) pairs takes more, most of them shuffles.
 template <int kPerLane>
 __device__ void sort(Shortlist list, int size) {
   uint32_t keys[kPerLane], indices[kPerLane];
@@ -510,7 +513,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerProcessor) knn_kerne
   const int64_t sample = blockIdx.x / problem.row_blocks;
   const int64_t first_query = blockIdx.x % problem.row_blocks * S::kRows;
   const int rows = static_cast<int>(min(int64_t(S::kRows), call.queries - first_query));
-  const int warp = threadIdx.x / 32;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / 32;
   const int wanted = call.k * call.dilation;
   const uint32_t index_end = static_cast<uint32_t>(call.keys);
   const bool one_tile = call.keys <= S::kKeys;
@@ -528,10 +532,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerProcessor) knn_kerne
     return Shortlist{keys, keys + S::kCapacity};
   };
 
-  if (threadIdx.x < rows) {
-    query_norms[threadIdx.x] = problem.query_norms[sample * call.queries + first_query + threadIdx.x];
-    sizes[threadIdx.x] = 0;
-    limits[threadIdx.x] = kNobody;
+  if (thread < rows) {
+    query_norms[thread] = problem.query_norms[sample * call.queries + first_query + thread];
+    sizes[thread] = 0;
+    limits[thread] = kNobody;
   }
 
   const Element* queries =
@@ -543,7 +547,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerProcessor) knn_kerne
     const int key_count = static_cast<int>(min(int64_t(S::kKeys), call.keys - first_of_tile));
     const int64_t first_row = sample * call.keys + first_of_tile;
     const Element* keys = static_cast<const Element*>(call.y) + first_row * call.channels;
-    if (threadIdx.x < key_count) key_norms[threadIdx.x] = problem.key_norms[first_row + threadIdx.x];
+    if (thread < key_count) key_norms[thread] = problem.key_norms[first_row + thread];
 
     Sums<S> sums = {};
     stage_chunk<Element, S>(stages, queries, rows, keys, key_count, 0, problem);

@@ -18,7 +18,7 @@ namespace fer {
 // one that another library left behind is neither reported nor cleared.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
-                   cudaStream_t stream, Arguments... arguments) {
+                   [[maybe_unused]] cudaStream_t stream, Arguments... arguments) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
 #if defined(FER_EMULATED_CUDA)

@@ -31,8 +31,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Starts copying 16 bytes from global to shared memory, or fills them with zeros where there is
-// nothing to copy. Both addresses are multiples of 16; `source` must be readable memory's address.
+// Starts copying 16 bytes from global to shared memory, or where nothing is present, filling them
+// with zeros without a look at `source`. Both addresses are multiples of 16.
 __device__ __forceinline__ void copy_async_16(void* target, const void* source, bool present) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source),
                "r"(present ? 16 : 0)
