@@ -62,7 +62,10 @@ def visible_gpus() -> list[str]:
     try:
         out = subprocess.run(
             ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=30, check=True,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return []
@@ -135,8 +138,8 @@ class NinjaBuild(build_ext):
         if shutil.which(compiler[0]) is None:
             raise CompileError(
                 f"fer_kernels: no C++ compiler: looked for {compiler[0]!r} (CXX names another). Install one "
-                "(Debian and Ubuntu: apt install g++), or set FER_KERNELS_SKIP_CPU=1 to install without compiled "
-                "CPU code: the reference and Triton backends work without it."
+                "(Debian and Ubuntu: apt install g++), or set FER_KERNELS_SKIP_CPU=1 to install without "
+                "compiled CPU code: the reference and Triton backends work without it."
             )
         self.info["compiler"] = first_line([*compiler, "--version"])
         sources = ROOT / "csrc"
@@ -156,8 +159,8 @@ class NinjaBuild(build_ext):
         home, looked = find_cuda_home()
         if home is None:
             reason = (
-                f"no CUDA toolkit found; looked at {looked}. The reference, cpu and triton backends work without it; "
-                "to build it, install the toolkit, or name its folder: CUDA_HOME=/path/to/cuda pip install ."
+                f"no CUDA toolkit found; looked at {looked}. The reference, cpu and triton backends work "
+                "without it; to build it, install the toolkit, or name its folder: CUDA_HOME=/path/to/cuda pip install ."
             )
             if force:
                 raise CompileError(f"fer_kernels: FORCE_CUDA is set, but {reason}")
@@ -186,18 +189,53 @@ class NinjaBuild(build_ext):
         sources = ROOT / "csrc"
         include = [f"-I{home / 'include'}", "-DUSE_CUDA", f'-DFER_CUDA_ARCHS="{";".join(wanted)}"']
         commands = [self.host_object(compiler, sources / "bindings" / "cuda.cpp", include)]
-        flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-lineinfo", "--threads", "1"]
+        flags = [
+            "-std=c++17",
+            "-O3",
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden",
+            "-lineinfo",
+            "--threads",
+            "1",
+        ]
         for source in sorted((sources / "cuda").glob("*.cu")):
             out = self.object_path(source, "cuda")
             arch = [part for a in wanted for part in gencode(a)]
             commands.append(
-                (out, source, [str(nvcc), *flags, *arch, f"-I{sources / 'include'}", f"-I{sources}",
-                               "-MD", "-MF", f"{out}.d", "-c", str(source), "-o", str(out)])
+                (
+                    out,
+                    source,
+                    [
+                        str(nvcc),
+                        *flags,
+                        *arch,
+                        f"-I{sources / 'include'}",
+                        f"-I{sources}",
+                        "-MD",
+                        "-MF",
+                        f"{out}.d",
+                        "-c",
+                        str(source),
+                        "-o",
+                        str(out),
+                    ],
+                )
             )
         library = next(p for p in (home / "lib64", home / "lib") if p.is_dir())
-        self.link(compiler, "_cuda", commands,
-                  ["-ltorch_cpu", "-ltorch_cuda" if self.has("torch_cuda") else "", f"-L{library}",
-                   "-lcudart_static", "-lrt", "-lpthread", "-ldl"])
+        self.link(
+            compiler,
+            "_cuda",
+            commands,
+            [
+                "-ltorch_cpu",
+                "-ltorch_cuda" if self.has("torch_cuda") else "",
+                f"-L{library}",
+                "-lcudart_static",
+                "-lrt",
+                "-lpthread",
+                "-ldl",
+            ],
+        )
 
     def has(self, library: str) -> bool:
         return (self.torch_root / "lib" / f"lib{library}.so").is_file()
@@ -209,11 +247,29 @@ class NinjaBuild(build_ext):
 
     def kernel_object(self, compiler: list[str], source: Path, isa: str, flags: list[str]) -> tuple:
         out = self.object_path(source, isa)
-        return out, source, [
-            *compiler, "-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wall",
-            "-Wno-maybe-uninitialized",  # gcc's own AVX-512 headers
-            *flags, f"-I{ROOT / 'csrc' / 'include'}", "-MD", "-MF", f"{out}.d", "-c", str(source), "-o", str(out),
-        ]
+        return (
+            out,
+            source,
+            [
+                *compiler,
+                "-std=c++20",
+                "-O3",
+                "-ffp-contract=fast",
+                "-fPIC",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wno-maybe-uninitialized",  # gcc's own AVX-512 headers
+                *flags,
+                f"-I{ROOT / 'csrc' / 'include'}",
+                "-MD",
+                "-MF",
+                f"{out}.d",
+                "-c",
+                str(source),
+                "-o",
+                str(out),
+            ],
+        )
 
     def host_object(self, compiler: list[str], source: Path, flags: list[str]) -> tuple:
         try:
@@ -224,11 +280,31 @@ class NinjaBuild(build_ext):
             pybind = str(self.torch_root / "include")
         out = self.object_path(source, "host")
         include = self.torch_root / "include"
-        return out, source, [
-            *compiler, "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", STABLE_ABI, *flags,
-            f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc'}", f"-isystem{pybind}", f"-isystem{include}",
-            f"-isystem{sysconfig.get_paths()['include']}", "-MD", "-MF", f"{out}.d", "-c", str(source), "-o", str(out),
-        ]
+        return (
+            out,
+            source,
+            [
+                *compiler,
+                "-std=c++20",
+                "-O2",
+                "-fPIC",
+                "-fvisibility=hidden",
+                STABLE_ABI,
+                *flags,
+                f"-I{ROOT / 'csrc' / 'include'}",
+                f"-I{ROOT / 'csrc'}",
+                f"-isystem{pybind}",
+                f"-isystem{include}",
+                f"-isystem{sysconfig.get_paths()['include']}",
+                "-MD",
+                "-MF",
+                f"{out}.d",
+                "-c",
+                str(source),
+                "-o",
+                str(out),
+            ],
+        )
 
     def link(self, compiler: list[str], name: str, commands: list[tuple], libraries: list[str]) -> None:
         target = Path(self.get_ext_fullpath(f"fer_kernels.{name}")).resolve()
@@ -236,14 +312,32 @@ class NinjaBuild(build_ext):
             target = Path(self.build_lib).resolve() / self.get_ext_filename(f"fer_kernels.{name}")
         target.parent.mkdir(parents=True, exist_ok=True)
         objects = [str(out) for out, _, _ in commands]
-        link = [*compiler, "-shared", *objects, f"-L{self.torch_root / 'lib'}", *filter(None, libraries),
-                "-Wl,--as-needed", "-o", str(target)]
+        link = [
+            *compiler,
+            "-shared",
+            *objects,
+            f"-L{self.torch_root / 'lib'}",
+            *filter(None, libraries),
+            "-Wl,--as-needed",
+            "-o",
+            str(target),
+        ]
         lines = ["ninja_required_version = 1.3", "rule run", "  command = $cmd", "  description = $what", ""]
         for out, source, command in commands:
-            lines += [f"build {escape(out)}: run {escape(source)}", f"  cmd = {quote(command)}",
-                      f"  what = {name}: {source.name} -> {out.name}", f"  depfile = {escape(out)}.d", "  deps = gcc"]
-        lines += [f"build {escape(target)}: run {' '.join(map(escape, objects))}", f"  cmd = {quote(link)}",
-                  f"  what = link {name}", f"default {escape(target)}", ""]
+            lines += [
+                f"build {escape(out)}: run {escape(source)}",
+                f"  cmd = {quote(command)}",
+                f"  what = {name}: {source.name} -> {out.name}",
+                f"  depfile = {escape(out)}.d",
+                "  deps = gcc",
+            ]
+        lines += [
+            f"build {escape(target)}: run {' '.join(map(escape, objects))}",
+            f"  cmd = {quote(link)}",
+            f"  what = link {name}",
+            f"default {escape(target)}",
+            "",
+        ]
         script = Path(self.build_temp).resolve() / f"{name}.ninja"
         script.write_text("\n".join(lines))
         self.run_ninja(script)
@@ -256,7 +350,9 @@ class NinjaBuild(build_ext):
         except ImportError:
             program = shutil.which("ninja") or ""
         if not program:
-            raise CompileError("fer_kernels: ninja is missing: pip install ninja (or build without --no-build-isolation)")
+            raise CompileError(
+                "fer_kernels: ninja is missing: pip install ninja (or build without --no-build-isolation)"
+            )
         command = [program, "-f", str(script), "-j", str(max_jobs()), "-C", str(script.parent)]
         say(f"compiling with {max_jobs()} job(s): {script.name}")
         if subprocess.run(command, stdout=sys.stderr).returncode:

@@ -29,7 +29,9 @@ def floating_nodes(function: str, name: str, tensor: Any) -> None:
     """A dense floating (B, nodes, C) tensor."""
     dense_tensor(function, name, tensor)
     if tensor.dtype not in FLOATING:
-        raise TypeError(f"{function}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+        raise TypeError(
+            f"{function}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}"
+        )
     if tensor.dim() != 3:
         raise ValueError(f"{function}: {name} must be (B, nodes, C), got {tensor.dim()}-D {shape(tensor)}")
 
@@ -43,4 +45,6 @@ def dense_tensor(function: str, name: str, tensor: Any) -> None:
 
 def same_device(function: str, name: str, tensor: torch.Tensor, other: str, like: torch.Tensor) -> None:
     if tensor.device != like.device:
-        raise ValueError(f"{function}: {name} is on {tensor.device} and {other} on {like.device}; expected one device")
+        raise ValueError(
+            f"{function}: {name} is on {tensor.device} and {other} on {like.device}; expected one device"
+        )

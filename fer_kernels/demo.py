@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -137,10 +138,18 @@ def parse_patch(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m fer_kernels.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m fer_kernels.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--image", type=Path, help="a picture file (default: a drawn face)")
-    parser.add_argument("--patch", type=parse_patch, default="10,5", metavar="ROW,COLUMN", help="default: 10,5, a corner of the mouth")
+    parser.add_argument(
+        "--patch",
+        type=parse_patch,
+        default="10,5",
+        metavar="ROW,COLUMN",
+        help="default: 10,5, a corner of the mouth",
+    )
     parser.add_argument("--out", type=Path, default=Path("fer_demo.png"), help="default: fer_demo.png")
     parser.add_argument("-k", type=int, default=9, help="neighbours a patch (default: 9)")
     parser.add_argument("--batch", type=int, default=32, help="pictures a batch in the timing (default: 32)")
@@ -168,9 +177,15 @@ def main(argv: list[str] | None = None) -> None:
     x = torch.randn(arguments.batch, GRID * GRID, 192)
     backends = [b for b in fer_kernels.available_backends("knn") if b in ("reference", "cpu")]
     calls: list[Callable[[], object]] = [lambda: eager_knn(x, arguments.k, 2)]
-    calls += [lambda b=b: fer_kernels.dilated_knn(x, k=arguments.k, dilation=2, backend=b) for b in backends]  # type: ignore[misc]
+    calls += [
+        partial(fer_kernels.dilated_knn, x, k=arguments.k, dilation=2, backend=backend)
+        for backend in backends
+    ]
     times = milliseconds(*calls)
-    print(f"graph of {arguments.batch} pictures of {GRID * GRID} patches, 192 channels, k={arguments.k}, dilation=2,")
+    print(
+        f"graph of {arguments.batch} pictures of {GRID * GRID} patches, 192 channels, "
+        f"k={arguments.k}, dilation=2,"
+    )
     print(f"on {torch.get_num_threads()} threads:")
     for name, taken in zip(["plain PyTorch", *(f"fer_kernels {b}" for b in backends)], times, strict=True):
         print(f"  {name:24} {taken:8.2f} ms   {times[0] / taken:5.1f}x")

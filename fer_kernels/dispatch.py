@@ -41,9 +41,8 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 CHECK_VALUES = os.environ.get("FER_KERNELS_CHECK", "0") == "1"
 
 _LIBRARY = torch.library.Library("fer_kernels", "DEF")
-_requested: ContextVar[str] = ContextVar(
-    "fer_kernels_backend", default=os.environ.get("FER_KERNELS_BACKEND", "auto")
-)
+_DEFAULT_BACKEND = os.environ.get("FER_KERNELS_BACKEND", "auto")
+_requested: ContextVar[str] = ContextVar("fer_kernels_backend", default=_DEFAULT_BACKEND)
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,14 @@ class Operator:
         if backend == "cuda" and device != "cuda":
             reasons.append(f"it takes CUDA tensors and these are on {device}")
         if backend == "triton" and device != "cuda" and not TRITON_INTERPRETED:
-            reasons.append(f"it takes CUDA tensors (or any under TRITON_INTERPRET=1) and these are on {device}")
+            reasons.append(
+                f"it takes CUDA tensors (or any under TRITON_INTERPRET=1) and these are on {device}"
+            )
         dtype = next(t.dtype for t in tensors if t is not None)
         if dtype not in self.dtypes[backend]:
-            reasons.append(f"it takes {', '.join(map(_short, self.dtypes[backend]))} and the input is {_short(dtype)}")
+            reasons.append(
+                f"it takes {', '.join(map(_short, self.dtypes[backend]))} and the input is {_short(dtype)}"
+            )
         return reasons
 
     def choose(self, backend: str, *tensors: torch.Tensor | None) -> Any:
@@ -77,14 +80,16 @@ class Operator:
             for candidate in ("cpu", "cuda", "triton"):
                 proved = candidate == "cpu" or (self.name, candidate) in PROVED_ON
                 # Triton's interpreter is for tests: slower than the reference.
-                if proved and not (candidate == "triton" and TRITON_INTERPRETED):
-                    if not self.not_supported_reasons(candidate, *tensors):
-                        return self.registered[candidate]
+                interpreted = candidate == "triton" and TRITON_INTERPRETED
+                if proved and not interpreted and not self.not_supported_reasons(candidate, *tensors):
+                    return self.registered[candidate]
             return self.registered["reference"]
         check_backend_name(backend)
         reasons = self.not_supported_reasons(backend, *tensors)
         if reasons:
-            raise RuntimeError(f"{self.name}: backend {backend!r} cannot take this call: " + "; ".join(reasons))
+            raise RuntimeError(
+                f"{self.name}: backend {backend!r} cannot take this call: " + "; ".join(reasons)
+            )
         return self.registered[backend]
 
 
@@ -109,7 +114,9 @@ def platform_problems(backend: str) -> list[str]:
 
 def check_backend_name(backend: str) -> None:
     if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(
+            f"unknown backend {backend!r}: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}"
+        )
 
 
 @contextlib.contextmanager

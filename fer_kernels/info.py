@@ -96,18 +96,25 @@ def _section(title: str, values: dict[str, Any]) -> list[str]:
 def markdown(info: dict[str, Any]) -> str:
     """Operator x backend x dtype. What is supported, not what this machine happens to have."""
     dtypes = ["float32", "bfloat16", "float16", "float64"]
-    rows = [f"| operator | backend | {' | '.join(dtypes)} | tests passed on |", "|---" * (len(dtypes) + 3) + "|"]
+    rows = [
+        f"| operator | backend | {' | '.join(dtypes)} | tests passed on |",
+        "|---" * (len(dtypes) + 3) + "|",
+    ]
     for name, backends in info["operators"].items():
         for backend, state in backends.items():
             marks = ["yes" if dtype in state["dtypes"] else "" for dtype in dtypes]
-            proved = state["passed its tests on"] or ("no GPU yet" if backend in ("triton", "cuda") else "CPU, in CI")
+            proved = state["passed its tests on"] or (
+                "no GPU yet" if backend in ("triton", "cuda") else "CPU, in CI"
+            )
             rows.append(f"| {name} | {backend} | {' | '.join(marks)} | {proved} |")
     return "\n".join(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m fer_kernels.info", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m fer_kernels.info",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")

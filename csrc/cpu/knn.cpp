@@ -57,21 +57,21 @@ struct Scale {
   A square;        // |x̂|²
 };
 
-template <class A>
-Scale<A> row_scale(const A* row, int64_t channels, bool normalize) {
+template <class A, class T>
+Scale<A> row_scale(const T* row, int64_t channels, bool normalize) {
   Vec<A> sums[4] = {};  // enough chains to hide the latency of an addition
   int64_t c = 0;
   for (; c + 4 * kLanes<A> <= channels; c += 4 * kLanes<A>)
     for (int i = 0; i < 4; ++i) {
-      const Vec<A> v = load(row + c + i * kLanes<A>);
+      const Vec<A> v = load_as<A>(row + c + i * kLanes<A>);
       sums[i] += v * v;
     }
   for (; c + kLanes<A> <= channels; c += kLanes<A>) {
-    const Vec<A> v = load(row + c);
+    const Vec<A> v = load_as<A>(row + c);
     sums[0] += v * v;
   }
   A square = total<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (; c < channels; ++c) square += row[c] * row[c];
+  for (; c < channels; ++c) square += widen<A>(row[c]) * widen<A>(row[c]);
   if (!normalize) return {A(1), square};
   const A inverse = std::isfinite(square) ? A(1) / std::max(std::sqrt(square), A(1e-12))
                                           : std::numeric_limits<A>::quiet_NaN();
@@ -79,37 +79,33 @@ Scale<A> row_scale(const A* row, int64_t channels, bool normalize) {
 }
 
 // Writes rows[r][c] * scale[r] to packed[c * pitch + r]; pitch is a multiple of 4.
-template <class A>
-void pack(const A* const* rows, const A* scale, int64_t channels, int pitch, A* packed) {
-  typedef A Four __attribute__((vector_size(4 * sizeof(A))));
+template <class A, class T>
+void pack(const T* const* rows, const A* scale, int64_t channels, int pitch, A* packed) {
   typedef Int<A> Shuffle __attribute__((vector_size(4 * sizeof(A))));
   constexpr int64_t kChunk = 64;  // channels whose packed rows stay in the first-level cache while all rows pass
   for (int64_t chunk = 0; chunk < channels; chunk += kChunk) {
     const int64_t end = std::min(chunk + kChunk, channels);
     for (int r = 0; r < pitch; r += 4) {
-      const A *p0 = rows[r], *p1 = rows[r + 1], *p2 = rows[r + 2], *p3 = rows[r + 3];
+      const T *p0 = rows[r], *p1 = rows[r + 1], *p2 = rows[r + 2], *p3 = rows[r + 3];
       const A s0 = scale[r], s1 = scale[r + 1], s2 = scale[r + 2], s3 = scale[r + 3];
       A* to = packed + chunk * pitch + r;
       int64_t c = chunk;
       for (; c + 4 <= end; c += 4) {
-        Four a, b, d, e;
-        std::memcpy(&a, p0 + c, sizeof a);
-        std::memcpy(&b, p1 + c, sizeof b);
-        std::memcpy(&d, p2 + c, sizeof d);
-        std::memcpy(&e, p3 + c, sizeof e);
-        a *= s0, b *= s1, d *= s2, e *= s3;
-        const Four ab_low = __builtin_shuffle(a, b, Shuffle{0, 4, 1, 5});
-        const Four ab_high = __builtin_shuffle(a, b, Shuffle{2, 6, 3, 7});
-        const Four de_low = __builtin_shuffle(d, e, Shuffle{0, 4, 1, 5});
-        const Four de_high = __builtin_shuffle(d, e, Shuffle{2, 6, 3, 7});
-        const Four columns[4] = {__builtin_shuffle(ab_low, de_low, Shuffle{0, 1, 4, 5}),
+        const Four<A> a = load_four_as<A>(p0 + c) * s0, b = load_four_as<A>(p1 + c) * s1;
+        const Four<A> d = load_four_as<A>(p2 + c) * s2, e = load_four_as<A>(p3 + c) * s3;
+        const Four<A> ab_low = __builtin_shuffle(a, b, Shuffle{0, 4, 1, 5});
+        const Four<A> ab_high = __builtin_shuffle(a, b, Shuffle{2, 6, 3, 7});
+        const Four<A> de_low = __builtin_shuffle(d, e, Shuffle{0, 4, 1, 5});
+        const Four<A> de_high = __builtin_shuffle(d, e, Shuffle{2, 6, 3, 7});
+        const Four<A> columns[4] = {__builtin_shuffle(ab_low, de_low, Shuffle{0, 1, 4, 5}),
                                  __builtin_shuffle(ab_low, de_low, Shuffle{2, 3, 6, 7}),
                                  __builtin_shuffle(ab_high, de_high, Shuffle{0, 1, 4, 5}),
                                  __builtin_shuffle(ab_high, de_high, Shuffle{2, 3, 6, 7})};
         for (int i = 0; i < 4; ++i, to += pitch) std::memcpy(to, &columns[i], sizeof columns[i]);
       }
       for (; c < end; ++c, to += pitch) {
-        to[0] = p0[c] * s0, to[1] = p1[c] * s1, to[2] = p2[c] * s2, to[3] = p3[c] * s3;
+        to[0] = widen<A>(p0[c]) * s0, to[1] = widen<A>(p1[c]) * s1;
+        to[2] = widen<A>(p2[c]) * s2, to[3] = widen<A>(p3[c]) * s3;
       }
     }
   }
@@ -283,7 +279,6 @@ class Worker {
     key_square_ = allocate<A>(padded);
     key_scale_ = allocate<A>(padded);
     packed_queries_ = allocate<A>(kPackedRows * call.channels);
-    if constexpr (!std::is_same_v<A, T>) widened_ = allocate<A>(kPanel * call.channels);
     distances_ = allocate<A>(kRows * kSweep);
     work_ = std::make_unique<Candidates<A>>();
     if (!one_block_) kept_ = std::make_unique<Kept<A>[]>(kRowsAtOnce);
@@ -302,34 +297,26 @@ class Worker {
  private:
   static constexpr int kPanel = 2 * kLanes<A>;
 
-  // As accumulation-type rows: themselves, or widened into `widened_`. Beyond `count` the last row
-  // stands in up to `pitch`; what is computed from it is never looked at.
-  void fetch(const T* from, int count, int pitch, const A** rows) {
-    for (int r = 0; r < count; ++r) {
-      if constexpr (std::is_same_v<A, T>) {
-        rows[r] = from + r * call_.channels;
-      } else {
-        widen_row<A, T>(from + r * call_.channels, call_.channels, widened_.get() + r * call_.channels);
-        rows[r] = widened_.get() + r * call_.channels;
-      }
-    }
-    std::fill(rows + count, rows + pitch, rows[count - 1]);
+  // Pointers to `count` rows; the last stands in for the rest up to `pitch`, and what is computed
+  // from those is never looked at.
+  void point_at(const T* first, int count, int pitch, const T** rows) const {
+    for (int r = 0; r < pitch; ++r) rows[r] = first + std::min(r, count - 1) * call_.channels;
   }
 
   void pack_keys(int64_t b, int64_t first, int64_t last) {
     if (packed_batch_ == b && packed_first_ == first) return;
     packed_batch_ = b;
     packed_first_ = first;
-    const A* rows[kPanel];
+    const T* rows[kPanel];
     for (int64_t j = first; j < last; j += kPanel) {
       const int count = static_cast<int>(std::min<int64_t>(kPanel, last - j));
       // The last few keys go to a panel of half the width.
       const int pitch = count <= kLanes<A> ? kLanes<A> : kPanel;
       A* scale = key_scale_.get() + j - first;
       A* square = key_square_.get() + j - first;
-      fetch(key_data_ + (b * call_.keys + j) * call_.channels, count, pitch, rows);
+      point_at(key_data_ + (b * call_.keys + j) * call_.channels, count, pitch, rows);
       for (int r = 0; r < count; ++r) {
-        const Scale<A> of_row = row_scale(rows[r], call_.channels, call_.normalize);
+        const Scale<A> of_row = row_scale<A>(rows[r], call_.channels, call_.normalize);
         scale[r] = of_row.inverse_norm;
         square[r] = of_row.square;
       }
@@ -350,13 +337,13 @@ class Worker {
 
   // Rows [row, row + count) against keys [block, block_end).
   void tile(int64_t b, int64_t row, int count, int64_t block, int64_t block_end, int64_t kept_row) {
-    const A* from[kPackedRows];
+    const T* from[kPackedRows];
     A factor[kPackedRows], square[kPackedRows];
-    fetch(static_cast<const T*>(call_.x) + (b * call_.queries + row) * call_.channels, count, kPackedRows, from);
+    point_at(static_cast<const T*>(call_.x) + (b * call_.queries + row) * call_.channels, count, kPackedRows, from);
     const bool known = one_block_ && !call_.y;  // these rows were keys a moment ago
     for (int r = 0; r < count; ++r) {
       const Scale<A> scale = known ? Scale<A>{key_scale_[row + r], key_square_[row + r]}
-                                   : row_scale(from[r], call_.channels, call_.normalize);
+                                   : row_scale<A>(from[r], call_.channels, call_.normalize);
       factor[r] = -2 * scale.inverse_norm;
       square[r] = scale.square;
     }
@@ -451,7 +438,7 @@ class Worker {
   int64_t block_keys_;
   bool one_block_;
   int64_t packed_batch_ = -1, packed_first_ = -1;
-  Buffer<A> packed_keys_, key_square_, key_scale_, packed_queries_, widened_, distances_;
+  Buffer<A> packed_keys_, key_square_, key_scale_, packed_queries_, distances_;
   std::unique_ptr<Candidates<A>> work_;
   std::unique_ptr<Kept<A>[]> kept_;
   int slots_[kMaxNeighbours];

@@ -211,26 +211,58 @@ inline To widen(Float16 value) {
 #endif
 }
 
-// `count` elements of any input type as accumulation type To.
+// A vector (four) of input elements as accumulation type To.
 template <class To, class From>
-inline void widen_row(const From* from, int64_t count, To* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = widen<To>(from[i]);
+inline Vec<To> load_as(const From* from) {
+  Vec<To> v;
+  for (int l = 0; l < kLanes<To>; ++l) v[l] = widen<To>(from[l]);
+  return v;
 }
+template <class To>
+struct FourOf {
+  typedef To type __attribute__((vector_size(4 * sizeof(To))));
+};
+template <class To>
+using Four = typename FourOf<To>::type;
+template <class To, class From>
+inline Four<To> load_four_as(const From* from) {
+  return Four<To>{widen<To>(from[0]), widen<To>(from[1]), widen<To>(from[2]), widen<To>(from[3])};
+}
+
+template <>
+inline Vec<float> load_as<float, float>(const float* from) {
+  return load(from);
+}
+template <>
+inline Vec<double> load_as<double, double>(const double* from) {
+  return load(from);
+}
+template <>
+inline Vec<float> load_as<float, BFloat16>(const BFloat16* from) {
+  typedef uint16_t Halves __attribute__((vector_size(FER_VECTOR_BYTES / 2)));
+  Halves bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
+}
+template <>
+inline Four<float> load_four_as<float, BFloat16>(const BFloat16* from) {
+  typedef uint16_t Halves __attribute__((vector_size(8)));
+  Halves bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return reinterpret_cast<Four<float>>(__builtin_convertvector(bits, Four<uint32_t>) << 16);
+}
+#if defined(__F16C__)
+template <>
+inline Four<float> load_four_as<float, Float16>(const Float16* from) {
+  return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+template <>
+inline Vec<float> load_as<float, Float16>(const Float16* from) {
 #if defined(__AVX512F__)
-template <>
-inline void widen_row<float, Float16>(const Float16* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16)
-    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
-  for (; i < count; ++i) to[i] = widen<float>(from[i]);
-}
-#elif defined(__F16C__)
-template <>
-inline void widen_row<float, Float16>(const Float16* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-  for (; i < count; ++i) to[i] = widen<float>(from[i]);
+  return _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
 }
 #endif
 

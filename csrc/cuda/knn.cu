@@ -146,7 +146,8 @@ __device__ __forceinline__ void stage_unit(unsigned char* target, const Element*
 }
 
 // Stages a chunk of the channels, a unit of one query and of every kRows-th key a thread. Channels
-// past the end become zeros, and so do keys up to the next multiple of 16, as multiply() reads them.
+// past the end become zeros. Rows past the end are left as they are: multiply() reads them, but a
+// row of an operand reaches no sums but its own, and those are not looked at.
 template <class Element, class S>
 __device__ __forceinline__ void stage_chunk(unsigned char* stage, const Element* queries, int rows, const Element* keys,
                                             int key_count, int chunk, const Problem& problem) {
@@ -156,16 +157,15 @@ __device__ __forceinline__ void stage_chunk(unsigned char* stage, const Element*
   const int unit = threadIdx.x % kUnits;
   const int64_t channel = (int64_t(chunk) * kUnits + unit) * kPerUnit;
   const int left = static_cast<int>(max(int64_t(0), min(int64_t(kPerUnit), channels - channel)));
-  stage_unit(unit_address(stage, row, unit), queries + row * channels + channel, row < rows ? left : 0,
-             problem.aligned);
+  if (row < rows) {
+    stage_unit(unit_address(stage, row, unit), queries + row * channels + channel, left, problem.aligned);
+  }
   const Element* source = keys + row * channels + channel;
-  const int padded_count = (key_count + 15) / 16 * 16;
 #pragma unroll
   for (int first = 0; first < S::kKeys; first += S::kRows) {
     const int key = first + row;
-    if (key < padded_count) {
-      stage_unit(unit_address(stage + S::kRows * kChunkBytes, key, unit), source, key < key_count ? left : 0,
-                 problem.aligned);
+    if (key < key_count) {
+      stage_unit(unit_address(stage + S::kRows * kChunkBytes, key, unit), source, left, problem.aligned);
     }
     source += S::kRows * channels;
   }
@@ -191,7 +191,7 @@ __device__ __forceinline__ void multiply(Sums<S>& sums, const unsigned char* sta
     uint32_t a[S::kRowTiles][4];
 #pragma unroll
     for (int r = 0; r < S::kRowTiles; ++r) {
-      const int row = min(16 * r + lane % 16, S::kRows - 1);  // sums of rows that are too many are never looked at
+      const int row = min(16 * r + lane % 16, S::kRows - 1);  // a row too many reads the last one again
       load_matrices(a[r], unit_address(stage, row, 2 * step + lane / 16));
     }
 #pragma unroll

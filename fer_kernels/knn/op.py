@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -57,6 +57,36 @@ dispatch.define(
     setup_context=_setup_context,
     backward=_no_gradient,
 )
+
+
+@overload
+def dilated_knn(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    k: int,
+    dilation: int = 1,
+    bias: Tensor | None = None,
+    ranks: Tensor | None = None,
+    normalize: bool = True,
+    return_distance: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def dilated_knn(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    k: int,
+    dilation: int = 1,
+    bias: Tensor | None = None,
+    ranks: Tensor | None = None,
+    normalize: bool = True,
+    return_distance: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def dilated_knn(
@@ -130,7 +160,8 @@ def _check(x, y, k, dilation, bias, ranks, normalize, return_distance) -> None:
     keys = x if y is None else y
     if k * dilation > MAX_NEIGHBOURS:
         raise ValueError(
-            f"{here}: k * dilation = {k * dilation} exceeds the limit of {MAX_NEIGHBOURS} (k={k}, dilation={dilation})"
+            f"{here}: k * dilation = {k * dilation} exceeds the limit of {MAX_NEIGHBOURS} "
+            f"(k={k}, dilation={dilation})"
         )
     if x.shape[1] > 0 and k * dilation > keys.shape[1]:
         raise ValueError(
@@ -153,9 +184,7 @@ def _check_bias(here: str, x: Tensor, keys: Tensor, bias: Tensor) -> None:
         size == 1 or size == want for size, want in zip(reversed(bias.shape), reversed(full), strict=False)
     )
     if not fits:
-        raise ValueError(
-            f"{here}: bias must broadcast to (B, N, M) = ({full[0]}, {full[1]}, {full[2]}), got {checks.shape(bias)}"
-        )
+        raise ValueError(f"{here}: bias must broadcast to (B, N, M) = {full}, got {checks.shape(bias)}")
 
 
 def _check_ranks(here: str, x: Tensor, k: int, dilation: int, ranks: Tensor) -> None:
@@ -173,7 +202,9 @@ def _check_ranks(here: str, x: Tensor, k: int, dilation: int, ranks: Tensor) -> 
 
 def check_rank_values(values: list[int], k: int, dilation: int) -> None:
     if min(values) < 0 or max(values) >= k * dilation:
-        raise ValueError(f"dilated_knn: ranks must lie in [0, {k * dilation}) (k={k}, dilation={dilation}), got {values}")
+        raise ValueError(
+            f"dilated_knn: ranks must lie in [0, {k * dilation}) (k={k}, dilation={dilation}), got {values}"
+        )
     if len(set(values)) != len(values):
         raise ValueError(f"dilated_knn: ranks must not repeat, got {values}")
 
@@ -191,7 +222,9 @@ def to_edge_index(idx: Tensor, num_keys: int) -> Tensor:
     checks.dense_tensor("to_edge_index", "idx", idx)
     checks.positive_int("to_edge_index", "num_keys", num_keys)
     if idx.dim() != 3 or idx.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"to_edge_index: idx must be an integer (B, N, k), got {idx.dtype} {checks.shape(idx)}")
+        raise ValueError(
+            f"to_edge_index: idx must be an integer (B, N, k), got {idx.dtype} {checks.shape(idx)}"
+        )
     batch, queries, _ = idx.shape
     first_key = torch.arange(batch, device=idx.device).view(-1, 1, 1) * num_keys
     centre = torch.arange(batch * queries, device=idx.device).view(batch, queries, 1)

@@ -69,7 +69,10 @@ def knn(
     dist = np.empty((batch, queries, k), np.float32) if distances else None
     stride = [0, 0, 0]
     if bias is not None:
-        stride = [0 if size == 1 else step // bias.itemsize for size, step in zip(bias.shape, bias.strides, strict=True)]
+        stride = [
+            0 if size == 1 else step // bias.itemsize
+            for size, step in zip(bias.shape, bias.strides, strict=True)
+        ]
     message = ctypes.create_string_buffer(200)
     code = library.knn_emulated(
         (ctypes.c_int64 * 4)(batch, queries, keys, channels), k, dilation, DTYPES[dtype], int(normalize),
@@ -226,7 +229,9 @@ def test_infinite_bias(library, value):
 
 
 @pytest.mark.parametrize("shape", [(2, 30, 70), (1, 30, 70), (2, 1, 70), (2, 30, 1), (1, 1, 70), (1, 1, 1)])
-@pytest.mark.parametrize(("dtype", "bias_dtype"), [("f32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("f16", "f16")])
+@pytest.mark.parametrize(
+    ("dtype", "bias_dtype"), [("f32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("f16", "f16")]
+)
 def test_bias_broadcasts(library, dtype, bias_dtype, shape):
     generator = np.random.default_rng(4)
     x = to_bits(integers(generator, 2, 30, 8, high=2), dtype)
@@ -258,7 +263,9 @@ def test_ascending_keys_refill_the_shortlist(library):
     x = np.full((1, 4, 1), -2000, np.float32)
     check_exactly(library, x, 18, 4, "f32", y=keys)
     check_exactly(library, x, 32, 4, "f32", y=keys)
-    check_exactly(library, x, 18, 4, "f32", y=np.ascontiguousarray(keys[:, ::-1]))  # only the first tile counts
+    check_exactly(
+        library, x, 18, 4, "f32", y=np.ascontiguousarray(keys[:, ::-1])
+    )  # only the first tile counts
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -278,8 +285,12 @@ def test_large_integers_in_float32(library):
     check_exactly(library, x, 20, 2, "f32", allow_tf32=True)
 
 
-@pytest.mark.parametrize(("dtype", "allow_tf32"), [("f32", False), ("f32", True), ("bf16", False), ("f16", False)])
-@pytest.mark.parametrize(("keys", "channels", "k", "dilation"), [(49, 40, 9, 1), (196, 72, 18, 4), (500, 33, 9, 2)])
+@pytest.mark.parametrize(
+    ("dtype", "allow_tf32"), [("f32", False), ("f32", True), ("bf16", False), ("f16", False)]
+)
+@pytest.mark.parametrize(
+    ("keys", "channels", "k", "dilation"), [(49, 40, 9, 1), (196, 72, 18, 4), (500, 33, 9, 2)]
+)
 def test_real_features(library, dtype, allow_tf32, keys, channels, k, dilation):
     """A slot may differ from the oracle's only by keys whose distances rounding could exchange."""
     generator = np.random.default_rng(keys)

@@ -21,8 +21,21 @@ def order(tmp_path_factory):
         pytest.skip("no C++ compiler")
     library = tmp_path_factory.mktemp("order") / "order.so"
     source = Path(__file__).with_name("order.cpp")
-    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-fPIC",
-               "-shared", f"-I{ROOT / 'csrc' / 'include'}", str(source), "-o", str(library)]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unused-function",
+        "-fPIC",
+        "-shared",
+        f"-I{ROOT / 'csrc' / 'include'}",
+        str(source),
+        "-o",
+        str(library),
+    ]
     subprocess.run(command, check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.key.argtypes, loaded.key.restype = [ctypes.c_float], ctypes.c_uint32

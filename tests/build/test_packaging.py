@@ -16,9 +16,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = next(
-    (p for p in (os.environ.get("CUDA_HOME", ""), "/usr/local/cuda") if p and (Path(p) / "bin" / "nvcc").is_file()), None
+    (
+        p
+        for p in (os.environ.get("CUDA_HOME", ""), "/usr/local/cuda")
+        if p and (Path(p) / "bin" / "nvcc").is_file()
+    ),
+    None,
 )
-KNOBS = ("CUDA_HOME", "FORCE_CUDA", "FER_KERNELS_SKIP_CUDA", "FER_KERNELS_SKIP_CPU", "TORCH_CUDA_ARCH_LIST", "CXX")
+KNOBS = (
+    "CUDA_HOME",
+    "FORCE_CUDA",
+    "FER_KERNELS_SKIP_CUDA",
+    "FER_KERNELS_SKIP_CPU",
+    "TORCH_CUDA_ARCH_LIST",
+    "CXX",
+)
 
 
 def environment(**settings: str) -> dict[str, str]:
@@ -28,8 +40,12 @@ def environment(**settings: str) -> dict[str, str]:
 
 def run(*command: object, cwd: Path, expect: int = 0, **settings: str) -> str:
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=environment(**settings), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment(**settings),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     assert (done.returncode == 0) == (expect == 0), done.stdout[-6000:]
     return done.stdout
@@ -41,8 +57,17 @@ def sdist(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
     tree = folder / "tree"
     ignore = shutil.ignore_patterns(
-        ".git", "build", "dist", "*.egg-info", "*.so", "_build_info.json", "__pycache__", ".*_cache", ".hypothesis",
-        ".venv", "runs",
+        ".git",
+        "build",
+        "dist",
+        "*.egg-info",
+        "*.so",
+        "_build_info.json",
+        "__pycache__",
+        ".*_cache",
+        ".hypothesis",
+        ".venv",
+        "runs",
     )
     shutil.copytree(ROOT, tree, ignore=ignore)
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, cwd=tree)
@@ -55,7 +80,9 @@ def sdist(tmp_path_factory) -> Path:
 def build_wheel(sdist: Path, folder: Path, **settings: str) -> tuple[Path, str]:
     tree = folder / "tree"
     shutil.copytree(sdist, tree)
-    log = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, cwd=tree, **settings)
+    log = run(
+        sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, cwd=tree, **settings
+    )
     (wheel,) = folder.glob("*.whl")
     return wheel, log
 
@@ -83,8 +110,12 @@ def cpu_wheel(sdist, tmp_path_factory) -> tuple[Path, Path, str]:
 
 def test_sdist_holds_all_sources(sdist):
     held = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
-    tracked = {str(p.relative_to(ROOT)) for top in ("csrc", "fer_kernels", "fer_models") for p in (ROOT / top).rglob("*")
-               if p.suffix in (".py", ".cpp", ".h", ".cu", ".typed")}
+    tracked = {
+        str(p.relative_to(ROOT))
+        for top in ("csrc", "fer_kernels", "fer_models")
+        for p in (ROOT / top).rglob("*")
+        if p.suffix in (".py", ".cpp", ".h", ".cu", ".typed")
+    }
     assert tracked <= held
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= held
     assert not [name for name in held if name.endswith((".so", "_build_info.json"))]
@@ -97,14 +128,20 @@ def test_wheel_without_nvcc(cpu_wheel):
     assert any(name.startswith("fer_kernels/_cpu.") and name.endswith(".so") for name in held)
     assert not any(name.startswith("fer_kernels/_cuda.") for name in held)
     assert "fer_models/__init__.py" in held and "fer_kernels/knn/triton.py" in held
-    assert not [name for name in held if name.endswith((".cpp", ".cu", ".h")) or name.startswith(("tests", "benchmarks"))]
+    assert not [
+        name
+        for name in held
+        if name.endswith((".cpp", ".cu", ".h")) or name.startswith(("tests", "benchmarks"))
+    ]
     info = json.loads((site / "fer_kernels" / "_build_info.json").read_text())
     assert "no CUDA toolkit found" in info["cuda_left_out"] and info["torch"]
 
 
 def test_everything_but_cuda_works_without_nvcc(cpu_wheel, tmp_path):
     _, site, _ = cpu_wheel
-    info = json.loads(run(sys.executable, "-m", "fer_kernels.info", "--json", cwd=tmp_path, PYTHONPATH=str(site)))
+    info = json.loads(
+        run(sys.executable, "-m", "fer_kernels.info", "--json", cwd=tmp_path, PYTHONPATH=str(site))
+    )
     assert info["operators"]["knn"]["cpu"]["missing because"] == []
     reasons = " ".join(info["operators"]["knn"]["cuda"]["missing because"])
     assert "not built: no CUDA toolkit found" in reasons
@@ -128,7 +165,8 @@ def test_without_any_compiled_module(sdist, tmp_path):
         "x = torch.randn(2, 20, 8, requires_grad=True)\n"
         "print(f.available_backends('knn'))\n"
         "idx = f.dilated_knn(x, k=4)\n"
-        "assert (torch.compile(lambda x: f.dilated_knn(x, k=4), fullgraph=True, backend='aot_eager')(x) == idx).all()\n"
+        "graph = torch.compile(lambda x: f.dilated_knn(x, k=4), fullgraph=True, backend='aot_eager')\n"
+        "assert (graph(x) == idx).all()\n"
         "try:\n    f.dilated_knn(x, k=4, backend='cpu')\n"
         "except RuntimeError as error:\n    print(error)\n"
     )
@@ -139,15 +177,34 @@ def test_without_any_compiled_module(sdist, tmp_path):
 
 def test_force_cuda_without_a_toolkit_fails(sdist, tmp_path):
     shutil.copytree(sdist, tmp_path / "tree")
-    log = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", cwd=tmp_path / "tree", expect=1,
-              FORCE_CUDA="1", CUDA_HOME=str(tmp_path / "none"), FER_KERNELS_SKIP_CPU="1")
+    log = run(
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        cwd=tmp_path / "tree",
+        expect=1,
+        FORCE_CUDA="1",
+        CUDA_HOME=str(tmp_path / "none"),
+        FER_KERNELS_SKIP_CPU="1",
+    )
     assert "FORCE_CUDA is set, but no CUDA toolkit found; looked at" in log
 
 
 def test_no_compiler_says_what_to_do(sdist, tmp_path):
     shutil.copytree(sdist, tmp_path / "tree")
-    log = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", cwd=tmp_path / "tree", expect=1,
-              CXX="no-such-compiler", FER_KERNELS_SKIP_CUDA="1")
+    log = run(
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        cwd=tmp_path / "tree",
+        expect=1,
+        CXX="no-such-compiler",
+        FER_KERNELS_SKIP_CUDA="1",
+    )
     assert "no C++ compiler: looked for 'no-such-compiler'" in log and "FER_KERNELS_SKIP_CPU=1" in log
 
 
@@ -163,8 +220,11 @@ def test_broken_module_is_told_from_a_missing_one(cpu_wheel, tmp_path):
 def test_a_checkout_uses_the_installed_modules(cpu_wheel, tmp_path):
     """Python started in a source tree imports that tree's fer_kernels, which nobody compiled."""
     tree = tmp_path / "checkout"
-    shutil.copytree(ROOT / "fer_kernels", tree / "fer_kernels",
-                    ignore=shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__"))
+    shutil.copytree(
+        ROOT / "fer_kernels",
+        tree / "fer_kernels",
+        ignore=shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__"),
+    )
     script = "import fer_kernels as f; print(f.__file__, f.available_backends('knn'))"
     out = run(sys.executable, "-c", script, cwd=tree, PYTHONPATH=str(cpu_wheel[1]))
     assert str(tree) in out and "'cpu'" in out
@@ -178,8 +238,18 @@ def test_editable_install(sdist, tmp_path):
     python = tmp_path / "env" / "bin" / "python"
     site = next((tmp_path / "env").glob("lib/python*/site-packages"))
     (site / "outer.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
-    run(python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", tree, cwd=tmp_path,
-        FER_KERNELS_SKIP_CUDA="1")
+    run(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--no-build-isolation",
+        "--no-deps",
+        "-e",
+        tree,
+        cwd=tmp_path,
+        FER_KERNELS_SKIP_CUDA="1",
+    )
     script = "import fer_kernels as f; print(f.__file__, f.available_backends('knn'))"
     out = run(python, "-c", script, cwd=tmp_path)
     assert str(tree) in out and "'cpu'" in out
@@ -194,7 +264,9 @@ def test_wheel_with_nvcc(sdist, tmp_path):
     site = installed(wheel, tmp_path)
     info = json.loads((site / "fer_kernels" / "_build_info.json").read_text())
     assert info["cuda_architectures"] == ["9.0+PTX"] and "cuda_left_out" not in info
-    out = json.loads(run(sys.executable, "-m", "fer_kernels.info", "--json", cwd=tmp_path, PYTHONPATH=str(site)))
+    out = json.loads(
+        run(sys.executable, "-m", "fer_kernels.info", "--json", cwd=tmp_path, PYTHONPATH=str(site))
+    )
     reasons = " ".join(out["operators"]["knn"]["cuda"]["missing because"])
     assert "not built" not in reasons and "does not load" not in reasons
     if out["versions"]["cuda of torch"] is not None:
@@ -207,9 +279,31 @@ def test_a_failing_cuda_compile_leaves_the_rest(sdist, tmp_path):
     shutil.copytree(sdist, tree)
     with open(tree / "csrc" / "cuda" / "knn.cu", "a") as source:
         source.write("\nthis is no C++\n")
-    log = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, cwd=tree,
-              CUDA_HOME=NVCC, TORCH_CUDA_ARCH_LIST="9.0", FER_KERNELS_SKIP_CPU="1")
+    log = run(
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        tmp_path,
+        cwd=tree,
+        CUDA_HOME=NVCC,
+        TORCH_CUDA_ARCH_LIST="9.0",
+        FER_KERNELS_SKIP_CPU="1",
+    )
     assert "the cuda module is LEFT OUT: nvcc of" in log
-    log = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", cwd=tree, expect=1,
-              CUDA_HOME=NVCC, TORCH_CUDA_ARCH_LIST="9.0", FER_KERNELS_SKIP_CPU="1", FORCE_CUDA="1")
+    log = run(
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        cwd=tree,
+        expect=1,
+        CUDA_HOME=NVCC,
+        TORCH_CUDA_ARCH_LIST="9.0",
+        FER_KERNELS_SKIP_CPU="1",
+        FORCE_CUDA="1",
+    )
     assert "this is no C" in log

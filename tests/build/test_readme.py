@@ -11,13 +11,19 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_operator_table_is_current():
     text = (ROOT / "README.md").read_text()
     (table,) = re.findall(r"<!-- operators -->\n(.*?)\n<!-- /operators -->", text, re.DOTALL)
-    assert table.strip() == info.markdown(info.collect()), "paste `python -m fer_kernels.info --markdown` again"
+    assert table.strip() == info.markdown(info.collect()), (
+        "paste `python -m fer_kernels.info --markdown` again"
+    )
 
 
 def test_every_environment_variable_is_documented():
     page = (ROOT / "docs" / "environment.md").read_text()
     read = set()
-    for source in [ROOT / "setup.py", *(ROOT / "fer_kernels").rglob("*.py"), *(ROOT / "fer_models").rglob("*.py")]:
+    for source in [
+        ROOT / "setup.py",
+        *(ROOT / "fer_kernels").rglob("*.py"),
+        *(ROOT / "fer_models").rglob("*.py"),
+    ]:
         read |= set(re.findall(r"(?:environ\.get\(|environ\[|flag\()\"([A-Z_]+)\"", source.read_text()))
     assert read, "the pattern above finds nothing any more"
     assert not [name for name in read if f"`{name}" not in page]

@@ -30,7 +30,9 @@ def neighbours(dist: Tensor, k: int, dilation: int, ranks: Tensor | None = None)
     positions = ranks.tolist() if ranks is not None else range(0, k * dilation, dilation)
     picked = []
     for row in rows:
-        order = sorted(range(len(row)), key=lambda j: (row[j] != row[j], row[j] if row[j] == row[j] else 0.0, j))
+        order = sorted(
+            range(len(row)), key=lambda j: (row[j] != row[j], row[j] if row[j] == row[j] else 0.0, j)
+        )
         picked.append([order[p] for p in positions])
     return torch.tensor(picked, dtype=torch.int64).reshape(*dist.shape[:2], k)
 
@@ -51,7 +53,9 @@ def rounding_band(x: Tensor, y: Tensor | None, bias: Tensor | None, normalize: b
     return (channels + 8) * eps * scale
 
 
-def assert_neighbours(idx: Tensor, dist64: Tensor, band: Tensor, k: int, dilation: int, ranks: Tensor | None = None):
+def assert_neighbours(
+    idx: Tensor, dist64: Tensor, band: Tensor, k: int, dilation: int, ranks: Tensor | None = None
+):
     """Exact where the order is certain; a slot that differs must be proved to lie within the band."""
     want = neighbours(dist64, k, dilation, ranks)
     got = idx.cpu()
@@ -65,5 +69,7 @@ def assert_neighbours(idx: Tensor, dist64: Tensor, band: Tensor, k: int, dilatio
     allowed = band.gather(2, got) + band.gather(2, want)
     gap = (dist64.gather(2, got) - dist64.gather(2, want)).abs()
     proved = (gap <= allowed) | ~differs
-    assert proved.all(), f"{(~proved).sum()} slots differ by more than rounding; largest gap {gap[differs].max()}"
+    assert proved.all(), (
+        f"{(~proved).sum()} slots differ by more than rounding; largest gap {gap[differs].max()}"
+    )
     return int(differs.sum())

@@ -12,7 +12,7 @@ from knn_oracle import assert_neighbours, distances, neighbours, rounding_band
 from support import backends, device_of
 
 import fer_kernels
-from fer_kernels import dispatch, dilated_knn, to_edge_index
+from fer_kernels import dilated_knn, dispatch, to_edge_index
 from fer_kernels.knn.op import MAX_NEIGHBOURS, OPERATOR
 
 INTERPRETED = dispatch.TRITON_INTERPRETED
@@ -39,7 +39,15 @@ def normal(*shape: int, seed: int = 0, dtype=torch.float32, device="cpu") -> tor
 
 def check_exact(backend, x, y=None, *, k, dilation=1, bias=None, ranks=None):
     idx, dist = dilated_knn(
-        x, y, k=k, dilation=dilation, bias=bias, ranks=ranks, normalize=False, return_distance=True, backend=backend
+        x,
+        y,
+        k=k,
+        dilation=dilation,
+        bias=bias,
+        ranks=ranks,
+        normalize=False,
+        return_distance=True,
+        backend=backend,
     )
     want = distances(x, y, bias, False)
     expected = neighbours(want, k, dilation, ranks)
@@ -120,7 +128,9 @@ def test_every_dtype_and_bias(backend, dtype):
 def test_every_k(backend):
     device = device_of(backend)
     x, y = integers(1, 6, 4, device=device), integers(1, 140, 4, seed=1, device=device)
-    wanted = [1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 127, 128] if slow_when_interpreted(backend) else range(1, 129)
+    wanted = (
+        [1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 127, 128] if slow_when_interpreted(backend) else range(1, 129)
+    )
     for k in wanted:
         check_exact(backend, x, y, k=k)
 
@@ -210,7 +220,9 @@ def test_infinite_bias(backend):
     bias = torch.zeros(1, 1, 50, device=device)
     bias[..., ::2] = torch.inf
     bias[..., 1] = -torch.inf
-    idx = dilated_knn(x, integers(1, 50, 4, seed=1, device=device), k=30, bias=bias, normalize=False, backend=backend)
+    idx = dilated_knn(
+        x, integers(1, 50, 4, seed=1, device=device), k=30, bias=bias, normalize=False, backend=backend
+    )
     assert (idx[..., 0] == 1).all()
     assert (idx[..., :25] % 2 == 1).all()
     assert torch.equal(idx[..., 25:].cpu(), torch.arange(0, 10, 2).expand(1, 3, 5))
@@ -248,14 +260,31 @@ def test_scale_of_rows(backend, scale):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_real_values(backend, normalize):
     device = device_of(backend)
-    shapes = [(2, 20, 40, 24, 5, 2)] if slow_when_interpreted(backend) else [
-        (2, 49, 49, 640, 9, 1), (2, 196, 196, 192, 9, 2), (1, 400, 196, 48, 9, 1), (1, 150, 700, 33, 18, 4)
-    ]
+    shapes = (
+        [(2, 20, 40, 24, 5, 2)]
+        if slow_when_interpreted(backend)
+        else [
+            (2, 49, 49, 640, 9, 1),
+            (2, 196, 196, 192, 9, 2),
+            (1, 400, 196, 48, 9, 1),
+            (1, 150, 700, 33, 18, 4),
+        ]
+    )
     for (b, n, m, c, k, dilation), dtype in itertools.product(shapes, dtypes_of(backend)):
-        x, y = normal(b, n, c, dtype=dtype, device=device), normal(b, m, c, seed=1, dtype=dtype, device=device)
+        x, y = (
+            normal(b, n, c, dtype=dtype, device=device),
+            normal(b, m, c, seed=1, dtype=dtype, device=device),
+        )
         bias = normal(n, m, seed=2, device=device)
         idx, dist = dilated_knn(
-            x, y, k=k, dilation=dilation, bias=bias, normalize=normalize, return_distance=True, backend=backend
+            x,
+            y,
+            k=k,
+            dilation=dilation,
+            bias=bias,
+            normalize=normalize,
+            return_distance=True,
+            backend=backend,
         )
         want, band = distances(x, y, bias, normalize), rounding_band(x, y, bias, normalize)
         assert_neighbours(idx, want, band, k, dilation)
@@ -302,7 +331,13 @@ def test_ranks_pick_positions_in_their_order(backend):
 def test_not_contiguous(backend):
     device = device_of(backend)
     base = normal(2, 24, 40, device=device)
-    for x in (base.mT, base[:, ::2], base[..., 3:27], base.expand(2, 24, 40)[:, :, ::3], base[:1].expand(3, 24, 40)):
+    for x in (
+        base.mT,
+        base[:, ::2],
+        base[..., 3:27],
+        base.expand(2, 24, 40)[:, :, ::3],
+        base[:1].expand(3, 24, 40),
+    ):
         idx = dilated_knn(x, k=5, dilation=2, backend=backend)
         assert torch.equal(idx, dilated_knn(x.contiguous(), k=5, dilation=2, backend=backend))
         y = x.flip(1)
@@ -473,7 +508,9 @@ def test_export(backend):
             return dilated_knn(x, k=3, dilation=2, backend=backend)
 
     x = normal(2, 12, 4, device=device_of(backend))
-    program = torch.export.export(Graph(), (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}})
+    program = torch.export.export(
+        Graph(), (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}}
+    )
     more = normal(5, 12, 4, device=device_of(backend))
     assert torch.equal(program.module()(more), Graph()(more))
 
@@ -511,7 +548,9 @@ def test_to_edge_index():
     idx = dilated_knn(normal(2, 5, 3), normal(2, 7, 3, seed=1), k=2)
     edges = to_edge_index(idx, 7)
     assert edges.shape == (2, 20) and edges.dtype == torch.int64
-    for edge, (b, i, s) in zip(edges.T.tolist(), itertools.product(range(2), range(5), range(2)), strict=True):
+    for edge, (b, i, s) in zip(
+        edges.T.tolist(), itertools.product(range(2), range(5), range(2)), strict=True
+    ):
         assert edge == [b * 7 + idx[b, i, s].item(), b * 5 + i]
     with pytest.raises(ValueError, match=r"idx must be an integer \(B, N, k\), got torch.float32 \(3, 3\)"):
         to_edge_index(torch.ones(3, 3), 3)
@@ -541,16 +580,27 @@ X = torch.zeros(2, 49, 8)
         ({"k": True}, TypeError, r"k must be an int, got True \(bool\)"),
         ({"dilation": -1}, ValueError, "dilation must be at least 1, got -1"),
         ({"dilation": "2"}, TypeError, "dilation must be an int"),
-        ({"k": 18, "dilation": 4}, ValueError,
-         r"^dilated_knn: k \* dilation = 72 exceeds the 49 keys \(x: \(2, 49, 8\), k=18, dilation=4\)$"),
+        (
+            {"k": 18, "dilation": 4},
+            ValueError,
+            r"^dilated_knn: k \* dilation = 72 exceeds the 49 keys \(x: \(2, 49, 8\), k=18, dilation=4\)$",
+        ),
         ({"y": torch.zeros(2, 10, 8), "k": 11}, ValueError, r"exceeds the 10 keys \(y: \(2, 10, 8\)"),
         ({"k": 43, "dilation": 3}, ValueError, r"k \* dilation = 129 exceeds the limit of 128"),
-        ({"bias": torch.zeros(49, 48)}, ValueError, r"bias must broadcast to \(B, N, M\) = \(2, 49, 49\), got \(49, 48\)"),
+        (
+            {"bias": torch.zeros(49, 48)},
+            ValueError,
+            r"bias must broadcast to \(B, N, M\) = \(2, 49, 49\), got \(49, 48\)",
+        ),
         ({"bias": torch.zeros(1, 2, 49, 49)}, ValueError, "bias must broadcast"),
         ({"bias": torch.zeros(49, 49, dtype=torch.float64)}, TypeError, "bias must be float32 or x's dtype"),
         ({"bias": torch.zeros(49, 49, device="meta")}, ValueError, "bias is on meta and x on cpu"),
         ({"bias": 1.0}, TypeError, "bias must be a tensor, got float"),
-        ({"ranks": torch.tensor([0, 1])}, ValueError, r"ranks must be \(3,\), one position a neighbour, got \(2,\)"),
+        (
+            {"ranks": torch.tensor([0, 1])},
+            ValueError,
+            r"ranks must be \(3,\), one position a neighbour, got \(2,\)",
+        ),
         ({"ranks": torch.tensor([0.0, 1, 2])}, TypeError, "ranks must be int32 or int64, got torch.float32"),
         ({"ranks": torch.tensor([0, 1, 6])}, ValueError, r"ranks must lie in \[0, 6\)"),
         ({"ranks": torch.tensor([-1, 1, 2])}, ValueError, r"ranks must lie in \[0, 6\)"),
@@ -558,7 +608,11 @@ X = torch.zeros(2, 49, 8)
         ({"ranks": [0, 1, 2]}, TypeError, "ranks must be a tensor, got list"),
         ({"normalize": 1}, TypeError, "normalize must be a bool, got 1"),
         ({"return_distance": None}, TypeError, "return_distance must be a bool"),
-        ({"backend": "tpu"}, ValueError, "unknown backend 'tpu': expected 'auto' or one of 'reference', 'cpu'"),
+        (
+            {"backend": "tpu"},
+            ValueError,
+            "unknown backend 'tpu': expected 'auto' or one of 'reference', 'cpu'",
+        ),
     ],
 )
 def test_bad_input(arguments, error, words):
@@ -572,7 +626,9 @@ def test_bad_ranks_in_a_direct_call_reach_no_kernel():
     for backend in ("reference", "cpu"):
         if backend in backends("knn"):
             with pytest.raises((RuntimeError, IndexError, ValueError)):
-                OPERATOR.registered[backend](X, None, None, torch.tensor([0, 99, 2]), 3, 2, True, False, False)
+                OPERATOR.registered[backend](
+                    X, None, None, torch.tensor([0, 99, 2]), 3, 2, True, False, False
+                )
 
 
 # ---- choice of backend ----
@@ -592,9 +648,8 @@ def test_missing_cuda_lists_every_reason():
 
 def test_use_backend():
     assert torch.equal(dilated_knn(X, k=3), dilated_knn(X, k=3, backend="reference"))
-    with fer_kernels.use_backend("reference"), pytest.raises(ValueError, match="unknown backend"):
-        with fer_kernels.use_backend("gpu"):
-            pass
+    with pytest.raises(ValueError, match="unknown backend 'gpu'"), fer_kernels.use_backend("gpu"):
+        pass
     if not torch.cuda.is_available():
         with fer_kernels.use_backend("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' cannot take"):
             dilated_knn(X, k=3)

@@ -43,5 +43,7 @@ def test_import_loads_no_heavy_module():
 
 
 def test_import_prints_nothing():
-    done = subprocess.run([sys.executable, "-c", "import fer_kernels, fer_models"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import fer_kernels, fer_models"], capture_output=True, text=True, check=True
+    )
     assert done.stdout == ""
