@@ -68,6 +68,7 @@ step() {
   timeout --kill-after=10 "$limit" "$@" || status=$?
   case $status in
     0) status="ok" ;;
+    77) status="skipped: no such tests" ;;
     124 | 137) status="FAILED: stopped after $limit s" ;;
     *) status="FAILED: exit code $status" ;;
   esac
@@ -75,18 +76,11 @@ step() {
   printf '==== %s: %s\n' "$name" "$status"
 }
 
-# pytest's exit code 5, nothing collected, must be seen but is nobody's failure: the suite may not
-# have such tests yet.
+# Nothing collected, pytest's exit code 5, must be seen but is no failure: an operator may have no such
+# tests.
 pytest_step() {
-  local name=$1 limit=$2
-  shift 2
   # shellcheck disable=SC2016  # expanded by the inner shell
-  step "$name" "$limit" bash -c '"$@" || { code=$?; ((code == 5)) && touch "$0"; exit "$code"; }' \
-    "$work/nothing" "$@"
-  if [[ -e $work/nothing ]]; then
-    rm "$work/nothing"
-    sed -i "s/^$name|FAILED: exit code 5|/$name|skipped: no such tests|/" "$steps"
-  fi
+  step "$1" "$2" bash -c '"$@" || { code=$?; exit $((code == 5 ? 77 : code)); }' bash "${@:3}"
 }
 
 copy() { # copy FROM TO [tar's --exclude...]
@@ -94,12 +88,15 @@ copy() { # copy FROM TO [tar's --exclude...]
   tar -C "$1" "${@:3}" -cf - . | tar -C "$2" -xf -
 }
 
+# Three copies, each where it cannot disturb: one to build in, so that nothing stale from build/ is
+# installed and this tree stays clean; one for the tests that read the sources; and the benchmarks
+# alone, because Python looks beside them first and must find the installed packages.
 make_copies() {
-  # Built from a copy, so that nothing stale in build/ is installed and the tree stays clean.
-  copy "$source" "$work/source" --exclude=./.git --exclude=./build --exclude='*.so' --exclude='__pycache__' \
-    --exclude='*.egg-info' --exclude=./shared --exclude=./runs --exclude=./.venv --exclude="./fer_kernels/_build_info.json"
-  # Run from a second one without the packages, which would shadow the installed ones.
-  copy "$work/source" "$work/run" --exclude=./fer_kernels --exclude=./fer_models
+  copy "$source" "$work/build" --exclude=./.git --exclude=./build --exclude='*.so' --exclude='__pycache__' \
+    --exclude='*.egg-info' --exclude=./shared --exclude=./runs --exclude=./.venv \
+    --exclude=./fer_kernels/_build_info.json
+  copy "$work/build" "$work/tree"
+  copy "$work/build/benchmarks" "$work/measure/benchmarks"
 }
 
 describe_machine() {
@@ -109,6 +106,8 @@ describe_machine() {
   if ((gpu)); then nvidia-smi || true; fi
   if command -v nvcc >/dev/null; then nvcc --version; fi
 }
+
+run_pytest=() # set by pass: what every pytest step has in common
 
 sanitize() { # sanitize TOOL LIMIT
   local name="sanitizer $1"
@@ -120,7 +119,7 @@ sanitize() { # sanitize TOOL LIMIT
     # Torch's caching allocator would hide an access beyond one tensor in the next.
     pytest_step "$name" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
       "$sanitizer" --tool "$1" --error-exitcode 9 --target-processes all \
-      "$python" -m pytest -q -p no:cacheprovider -m sanitize "${matching[@]}" tests
+      "${run_pytest[@]}" -m sanitize "$work/tree/tests/kernels"
   fi
 }
 
@@ -146,7 +145,8 @@ summarize() {
 pass() {
   gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))' || echo 0)
   sanitizer=${SANITIZER:-$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)}
-  matching=(${only:+-k "$only"})
+  run_pytest=("$python" -m pytest -q -p no:cacheprovider --rootdir "$work/tree" -c "$work/tree/pyproject.toml"
+    ${only:+-k "$only"})
   budget=2
   [[ -z $quick ]] || budget=0.3
   export PYTHONDONTWRITEBYTECODE=1
@@ -156,26 +156,32 @@ pass() {
 
   describe_machine
   make_copies
-  cd "$work/source"
+  cd "$work/build"
   # A build without its CUDA half would pass every test that is left: where there is a GPU, insist.
   if ((gpu)); then export FORCE_CUDA=1; fi
   step "build" 240 "$python" -m pip install --no-build-isolation --no-deps --no-index \
     --disable-pip-version-check --target "$work/site" .
-  cd "$work/run"
+  cd "$work/measure"
   export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
   step "info" 60 "$python" -m fer_kernels.info
-  # What follows must leave time for the benchmarks, which save what they have after every case.
-  pytest_step "tests" $((total / 3)) "$python" -m pytest -q -p no:cacheprovider "${matching[@]}" tests
-  sanitize memcheck $((total / 8))
-  sanitize racecheck $((total / 8))
+  # The kernels first: what only a GPU can show must not wait for what any machine can.
+  pytest_step "tests kernels" $((total / 3)) "${run_pytest[@]}" "$work/tree/tests/kernels"
+  sanitize memcheck $((total / 9))
+  sanitize racecheck $((total / 9))
   local op measured=()
   for op in "${operators[@]}"; do
     if [[ -e benchmarks/$op.py && ${only:-$op} == "$op" ]]; then measured+=("$op"); fi
   done
-  local waiting=${#measured[@]}
+  local waiting=${#measured[@]} kept=$((total / 7)) # kept for the other tests
   for op in "${measured[@]}"; do
-    benchmark "$op" "$((($(remaining) - 10) / waiting--))"
+    benchmark "$op" "$((($(remaining) - kept) / waiting--))"
   done
+  # Folder by folder: pytest never enters one called build by itself.
+  local folder others=()
+  for folder in "$work"/tree/tests/*/; do
+    if [[ $folder != */kernels/ ]]; then others+=("$folder"); fi
+  done
+  pytest_step "tests other" "$(($(remaining) - 10))" "${run_pytest[@]}" "${others[@]}"
   summarize | tee "$out/summary.txt"
   ! grep -q '|FAILED' "$steps"
 }

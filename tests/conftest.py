@@ -2,6 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The thorough profile is for releases: pytest --hypothesis-profile=thorough
+settings.register_profile("usual", max_examples=200, deadline=None)
+settings.register_profile("thorough", max_examples=2000, deadline=None)
+settings.load_profile("usual")
 
 
 @pytest.fixture(autouse=True)

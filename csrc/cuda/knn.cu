@@ -4,16 +4,17 @@
 //
 //   stage     queries and keys, 128 bytes of channels at a time, into shared memory
 //   multiply  x_i . y_j on the tensor cores, float32 sums in registers
-//   rank      |y_j|² - 2 x_i . y_j + bias_ij, as an ordered integer, into shared memory
+//   write     |y_j|² - 2 x_i . y_j + bias_ij, as an ordered integer, into shared memory
 //   offer     each warp takes four queries and keeps their nearest so far on a shortlist
 //
 // and at the end sorts the shortlists and writes the positions asked for. Selection costs several
-// times the product at ViG's sizes, so the shape of the block follows it: 7 warps of 4 queries make
-// 28 x 224, of which the 196 nodes of ViG fill whole blocks and need 7 keys a lane.
+// times the product at ViG's sizes, so it decides the shape of a block: 7 warps of 4 queries. The 196
+// nodes of ViG then make 7 whole blocks, and are one tile of 7 keys a lane.
 #include "kernels.h"
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "fer/launch.h"
 #include "fer/order.h"
@@ -64,6 +65,7 @@ struct Shape {
   static constexpr int kStagesEnd = kStagesStart + 2 * kStageBytes;
   static constexpr int kTileBytes = kRows * kTileStride * 4;
   static constexpr int kShortlistsBytes = kRows * kCapacity * 8;
+  static_assert(kTileBytes % 16 == 0, "shortlists are read by 16 bytes");
   static_assert(kStagesStart + kTileBytes + kShortlistsBytes <= kStagesEnd, "the tile replaces the stages");
   static_assert(kStagesEnd + kShortlistsBytes <= 99 * 1024, "the least a processor since sm_80 has for a block");
 };
@@ -74,8 +76,8 @@ struct Problem {
   KnnCall call;  // with y set
   const Norm* query_norms;
   const Norm* key_norms;
-  int64_t row_blocks;  // of a sample
-  bool aligned;        // every row starts at a multiple of 16 bytes
+  unsigned row_blocks;  // of a sample
+  bool aligned;         // every row starts at a multiple of 16 bytes
 };
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
@@ -92,7 +94,8 @@ constexpr int kNormThreads = 256;
 
 // A warp a row: first all rows of x, then those of y if y has its own.
 template <class Element>
-__global__ void __launch_bounds__(kNormThreads) norms_kernel(Problem problem, int64_t x_rows, int64_t rows, Norm* norms) {
+__global__ void __launch_bounds__(kNormThreads)
+norms_kernel(const Problem problem, int64_t x_rows, int64_t rows, Norm* norms) {
   constexpr int kPerUnit = kUnitBytes / sizeof(Element);
   const int64_t row = int64_t(blockIdx.x) * (kNormThreads / 32) + threadIdx.x / 32;
   if (row >= rows) return;  // the whole warp
@@ -180,47 +183,53 @@ __device__ __forceinline__ int first_key(int tile) {
   return (tile * S::kWarps + static_cast<int>(threadIdx.x) / 32) * 16;
 }
 
+// Splits an operand of floats into TF32 parts, in place; one of halves is left as it is.
+template <Product kProduct>
+__device__ __forceinline__ void split(uint32_t (&operand)[4], uint32_t (&low)[4]) {
+  if constexpr (kProduct != Product::half) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) split_tf32(operand[i], operand[i], low[i]);
+  }
+}
+
 // Adds one staged chunk, `steps` times 32 bytes of each row, to the sums.
 template <class Element, Product kProduct, class S>
 __device__ __forceinline__ void multiply(Sums<S>& sums, const unsigned char* stage, int key_count, int steps) {
+  using Operand = std::conditional_t<kProduct == Product::half, Element, Tf32>;
   const unsigned char* keys = stage + S::kRows * kChunkBytes;
   const int lane = lane_id();
 #pragma unroll
   for (int step = 0; step < kUnits / 2; ++step) {
     if (step >= steps) break;
-    uint32_t a[S::kRowTiles][4];
+    uint32_t a[S::kRowTiles][4], a_low[S::kRowTiles][4];
 #pragma unroll
     for (int r = 0; r < S::kRowTiles; ++r) {
       const int row = min(16 * r + lane % 16, S::kRows - 1);  // a row too many reads the last one again
       load_matrices(a[r], unit_address(stage, row, 2 * step + lane / 16));
+      split<kProduct>(a[r], a_low[r]);
     }
 #pragma unroll
     for (int t = 0; t < S::kKeyTiles; ++t) {
       if (first_key<S>(t) >= key_count) continue;
-      uint32_t b[4];  // two for the first eight keys, two for the others
+      uint32_t b[4], b_low[4];  // two for the first eight keys, two for the others
       load_matrices(b, unit_address(keys, first_key<S>(t) + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
-      if constexpr (kProduct == Product::half) {
+      split<kProduct>(b, b_low);
 #pragma unroll
-        for (int r = 0; r < S::kRowTiles; ++r) {
-          multiply_add<Element>(sums[r][t][0], a[r], b);
-          multiply_add<Element>(sums[r][t][1], a[r], b + 2);
-        }
-      } else {
-        uint32_t b_high[4], b_low[4];
+      for (int r = 0; r < S::kRowTiles; ++r) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) split_tf32(b[i], b_high[i], b_low[i]);
+        for (int half = 0; half < 2; ++half) {
+          float(&sum)[4] = sums[r][t][half];
+          if constexpr (kProduct == Product::three_tf32) {
+            // Tensor cores cut sums off where float32 rounds them, so they are only to sum one step.
+            // Small terms go first; low times low would be lost in rounding.
+            float part[4] = {};
+            multiply_add<Operand>(part, a_low[r], b + 2 * half);
+            multiply_add<Operand>(part, a[r], b_low + 2 * half);
+            multiply_add<Operand>(part, a[r], b + 2 * half);
 #pragma unroll
-        for (int r = 0; r < S::kRowTiles; ++r) {
-          uint32_t a_high[4], a_low[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) split_tf32(a[r][i], a_high[i], a_low[i]);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            if constexpr (kProduct == Product::three_tf32) {  // small terms first; low times low is below rounding
-              multiply_add<Tf32>(sums[r][t][half], a_low, b_high + 2 * half);
-              multiply_add<Tf32>(sums[r][t][half], a_high, b_low + 2 * half);
-            }
-            multiply_add<Tf32>(sums[r][t][half], a_high, b_high + 2 * half);
+            for (int i = 0; i < 4; ++i) sum[i] += part[i];
+          } else {
+            multiply_add<Operand>(sum, a[r], b + 2 * half);
           }
         }
       }
@@ -507,11 +516,12 @@ __device__ __forceinline__ void sort_by_size(Shortlist list, int size) {
 // ---------------------------------------------------------------------------------------------
 
 template <class Element, Product kProduct, class S>
-__global__ void __launch_bounds__(S::kThreads, S::kBlocksPerProcessor) knn_kernel(const Problem problem) {
+__global__ void __launch_bounds__(S::kThreads, S::kBlocksPerProcessor)
+knn_kernel(const Problem problem) {
   FER_DYNAMIC_SHARED(shared);
   const KnnCall& call = problem.call;
   const int64_t sample = blockIdx.x / problem.row_blocks;
-  const int64_t first_query = blockIdx.x % problem.row_blocks * S::kRows;
+  const int64_t first_query = int64_t(blockIdx.x % problem.row_blocks) * S::kRows;
   const int rows = static_cast<int>(min(int64_t(S::kRows), call.queries - first_query));
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / 32;
@@ -597,9 +607,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerProcessor) knn_kerne
 template <class Element, Product kProduct, class S>
 cudaError_t launch_shape(Problem problem, cudaStream_t stream) {
   const KnnCall& call = problem.call;
-  problem.row_blocks = (call.queries + S::kRows - 1) / S::kRows;
+  const int64_t row_blocks = (call.queries + S::kRows - 1) / S::kRows;
+  problem.row_blocks = static_cast<unsigned>(row_blocks);  // launch() refuses what this would cut off
   const int shared_bytes = S::kStagesEnd + (call.keys <= S::kKeys ? 0 : S::kShortlistsBytes);
-  return launch(knn_kernel<Element, kProduct, S>, call.batch * problem.row_blocks, S::kThreads, shared_bytes, stream,
+  return launch(knn_kernel<Element, kProduct, S>, call.batch * row_blocks, S::kThreads, shared_bytes, stream,
                 problem);
 }
 

@@ -51,7 +51,9 @@ def knn(
         positions = ranks.to(x.device, torch.int64)
     # With no query there may be no key either, so nothing to pick positions from.
     if x.shape[1] == 0:
-        return order.new_empty(x.shape[0], 0, k), ascending.new_empty(x.shape[0], 0, k if return_distance else 0)
+        return order.new_empty(x.shape[0], 0, k), ascending.new_empty(
+            x.shape[0], 0, k if return_distance else 0
+        )
     idx = order[..., positions].contiguous()
     if not return_distance:
         return idx, ascending.new_empty(x.shape[0], x.shape[1], 0)

@@ -106,6 +106,10 @@ def _tile_images(
     # A row too many repeats the last one: then every address is good and no load needs a row mask.
     query = query.to(tl.int64)
     key = tl.minimum(key, M - 1).to(tl.int64)
+    # Loaded before it is needed: Triton lets the last of loads and products decide how the tile is spread
+    # over the lanes, and that has to be the product.
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + query[:, None] * bias_stride_query + key[None, :] * bias_stride_key)
     product = tl.zeros((query.shape[0], key.shape[0]), tl.float32)
     for first_channel in range(0, C, BLOCK_CHANNELS):
         channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
@@ -119,8 +123,7 @@ def _tile_images(
     # |x̂_i|² is the same along a row: it cannot change the order, and adding it would only round.
     ranking = tl.load(y_square_ptr + key)[None, :] - 2.0 * product
     if bias_ptr is not None:
-        bias = bias_ptr + query[:, None] * bias_stride_query + key[None, :] * bias_stride_key
-        ranking += tl.load(bias).to(tl.float32)
+        ranking += bias.to(tl.float32)
     return tl.where(is_key[None, :], _ordered_image(ranking), NO_KEY_IMAGE)
 
 
@@ -360,11 +363,12 @@ def _launch(capability: int, neighbours: int, queries: int, dtype: torch.dtype) 
     """
     kernel = knn_select_kernel if neighbours <= MAX_SELECTED else knn_sort_kernel
     half = dtype != torch.float32
-    block_channels = 64 if half else 32
     padded = triton.cdiv(queries, 64) * 64
-    if capability >= 90 and half and padded <= 1.125 * triton.cdiv(queries, 16) * 16:
-        return Launch(kernel, 64, 64, block_channels, num_warps=4, num_stages=3)
-    return Launch(kernel, 16, 64, block_channels // 2, num_warps=1, num_stages=3)
+    if capability == 90 and half and padded <= 1.125 * triton.cdiv(queries, 16) * 16:
+        return Launch(kernel, 64, 64, block_channels=64, num_warps=4, num_stages=3)
+    # Two sorted lists of 64 leave no registers for wider slices of the inputs, nor do split float32 operands.
+    block_channels = 32 if half and neighbours <= 64 else 16
+    return Launch(kernel, 16, 64, block_channels, num_warps=1, num_stages=3)
 
 
 def _constexprs(launch: Launch, k: int, dilation: int, dtype: torch.dtype, allow_tf32: bool) -> dict[str, Any]:

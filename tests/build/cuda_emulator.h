@@ -45,7 +45,12 @@ struct uint3 {
 };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorUnknown = 999 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorUnknown = 999,
+};
 using cudaStream_t = struct CUstream_st*;
 
 inline uint3 threadIdx, blockIdx;
@@ -234,7 +239,8 @@ inline void run_block() {
 }
 
 inline void on_signal(int signal) {
-  fail(signal == SIGILL ? "undefined behaviour: a misaligned access or an overflow" : "access outside of memory");
+  const bool trap = signal == SIGILL || signal == SIGTRAP;
+  fail(trap ? "undefined behaviour: a misaligned access or an overflow" : "access outside of memory");
 }
 
 // Signals become errors of the launch while one of these is alive.
@@ -244,15 +250,15 @@ class SignalsAsErrors {
     struct sigaction action = {};
     action.sa_handler = on_signal;
     action.sa_flags = SA_NODEFER;
-    for (int i = 0; i < 3; ++i) sigaction(kSignals[i], &action, &before_[i]);
+    for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &action, &before_[i]);
   }
   ~SignalsAsErrors() {
-    for (int i = 0; i < 3; ++i) sigaction(kSignals[i], &before_[i], nullptr);
+    for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &before_[i], nullptr);
   }
 
  private:
-  static constexpr int kSignals[3] = {SIGSEGV, SIGBUS, SIGILL};
-  struct sigaction before_[3];
+  static constexpr int kSignals[4] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
+  struct sigaction before_[4];
 };
 
 inline cudaError_t launch(unsigned blocks, unsigned threads, size_t shared_bytes, std::function<void()> body) {

@@ -144,6 +144,18 @@ def test_integers_exactly(library, k, dilation, keys):
     check_exactly(library, x, k, dilation, dtype, y=y, seed=keys)
 
 
+# One key more or less than fit a narrow tile (64), a shortlist (128), one and two wide tiles (224, 448).
+@pytest.mark.parametrize("keys", [64, 65, 128, 129, 223, 224, 225, 352, 353, 448, 449])
+@pytest.mark.parametrize(("k", "dilation"), [(9, 1), (16, 4), (32, 4)])
+def test_sizes_at_the_limits(library, keys, k, dilation):
+    if k * dilation > keys:
+        pytest.skip("more neighbours than keys")
+    generator = np.random.default_rng(keys)
+    x = to_bits(integers(generator, 1, 5, 16), "f16")
+    y = to_bits(integers(generator, 1, keys, 16), "f16")
+    check_exactly(library, x, k, dilation, "f16", y=y, seed=k)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [1, 7, 8, 16, 63, 64, 80, 129])
 def test_any_channel_count(library, dtype, channels):
@@ -298,7 +310,7 @@ def test_real_features(library, dtype, allow_tf32, keys, channels, k, dilation):
     y = to_bits(values, dtype)
     x = np.ascontiguousarray(y[:, :30])
     idx, dist = knn(library, x, k, dilation, dtype, y=y, normalize=True, allow_tf32=allow_tf32)
-    want_idx, want_dist = oracle(x, k, dilation, y=y, normalize=True)
+    _, want_dist = oracle(x, k, dilation, y=y, normalize=True)
     exact, square = ranking(x, y, None, True)
     mine = np.take_along_axis(exact, idx, -1) + square
     # Unit rows: two sums of `channels` terms and a handful of scalings, each a rounding of at most 1.

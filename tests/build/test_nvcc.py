@@ -15,7 +15,8 @@ SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 # A kernel's line in the log of ptxas -v, and the two that follow it.
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '\w+'.*?"
-    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?"
     r"Used (?P<registers>\d+) registers",
     re.DOTALL,
 )

@@ -413,7 +413,7 @@ def test_unknown_instruction_set(cpu_isas):
 
 
 @pytest.mark.skipif("cpu" not in backends("knn"), reason="no compiled CPU module")
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_cpu_agrees_with_the_reference_on_anything(data):
     draw = data.draw
