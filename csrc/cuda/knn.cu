@@ -198,7 +198,8 @@ __device__ __forceinline__ void multiply(Sums<S>& sums, const unsigned char* sta
   using Operand = std::conditional_t<kProduct == Product::half, Element, Tf32>;
   const unsigned char* keys = stage + S::kRows * kChunkBytes;
   const int lane = lane_id();
-#pragma unroll
+  // Unrolled, the three products would spill at Wide's three blocks a processor.
+#pragma unroll(kProduct == Product::three_tf32 ? 1 : kUnits / 2)
   for (int step = 0; step < kUnits / 2; ++step) {
     if (step >= steps) break;
     uint32_t a[S::kRowTiles][4], a_low[S::kRowTiles][4];

@@ -92,24 +92,30 @@ def _tile_images(
     y_scale_ptr,
     y_square_ptr,
     bias_ptr,
+    bias_stride_batch,
     bias_stride_query,
     bias_stride_key,
-    query,  # (queries,) below N
-    key,  # (keys,) may run beyond M
+    sample,  # int64: a batch may have more than 2^31 elements
+    query,  # (queries,)
+    key,  # (keys,)
+    N,
     M,
     C,
     BLOCK_CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Ordered images of the ranking values of these queries and keys; all pointers are one sample's."""
+    """Ordered images (queries, keys) of the ranking values of one tile."""
     is_key = key < M
-    # A row too many repeats the last one: then every address is good and no load needs a row mask.
-    query = query.to(tl.int64)
+    # A query or key too many repeats the last one: every address is good and no load needs a row mask.
+    query = tl.minimum(query, N - 1).to(tl.int64)
     key = tl.minimum(key, M - 1).to(tl.int64)
     # Loaded before it is needed: Triton lets the last of loads and products decide how the tile is spread
     # over the lanes, and that has to be the product.
     if bias_ptr is not None:
+        bias_ptr += sample * bias_stride_batch
         bias = tl.load(bias_ptr + query[:, None] * bias_stride_query + key[None, :] * bias_stride_key)
+    x_ptr += sample * N * C
+    y_ptr += sample * M * C
     product = tl.zeros((query.shape[0], key.shape[0]), tl.float32)
     for first_channel in range(0, C, BLOCK_CHANNELS):
         channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
@@ -119,9 +125,10 @@ def _tile_images(
         product = tl.dot(x, y, product, input_precision=PRECISION)
     if x_scale_ptr is not None:
         # Normalizing the float32 product rather than the inputs: x̂ is never rounded to half.
-        product = product * tl.load(x_scale_ptr + query)[:, None] * tl.load(y_scale_ptr + key)[None, :]
+        product *= tl.load(x_scale_ptr + sample * N + query)[:, None]
+        product *= tl.load(y_scale_ptr + sample * M + key)[None, :]
     # |x̂_i|² is the same along a row: it cannot change the order, and adding it would only round.
-    ranking = tl.load(y_square_ptr + key)[None, :] - 2.0 * product
+    ranking = tl.load(y_square_ptr + sample * M + key)[None, :] - 2.0 * product
     if bias_ptr is not None:
         ranking += bias.to(tl.float32)
     return tl.where(is_key[None, :], _ordered_image(ranking), NO_KEY_IMAGE)
@@ -135,6 +142,7 @@ def _store_neighbours(
     dist_ptr,
     x_square_ptr,
     ranks_ptr,
+    sample,
     query,
     N,
     k,
@@ -142,6 +150,7 @@ def _store_neighbours(
     SLOTS: tl.constexpr,
 ):
     """Writes those of the k output slots whose position in the list lies among these columns."""
+    row = sample * N + query
     for first_slot in range(0, k, SLOTS):
         slot = first_slot + tl.arange(0, SLOTS)
         if ranks_ptr is None:
@@ -154,19 +163,13 @@ def _store_neighbours(
         column = tl.where(here, column, 0)
         chosen = tl.gather(nearest, tl.broadcast_to(column[None, :], (nearest.shape[0], SLOTS)), 1)
 
-        place = query[:, None].to(tl.int64) * k + slot[None, :]
+        place = row[:, None] * k + slot[None, :]
         inside = (query < N)[:, None] & here[None, :]
         tl.store(idx_ptr + place, chosen & 0xFFFFFFFF, mask=inside)
         if dist_ptr is not None:
             value = _image_value((chosen >> 32).to(tl.int32))
-            square = tl.load(x_square_ptr + query, mask=query < N, other=0.0)
+            square = tl.load(x_square_ptr + row, mask=query < N, other=0.0)
             tl.store(dist_ptr + place, value + square[:, None], mask=inside)
-
-
-@triton.jit
-def _sample_start(ptr, sample, elements):
-    """The first element of one sample. int64: a batch may have more than 2^31 elements."""
-    return None if ptr is None else ptr + sample * elements
 
 
 @triton.jit
@@ -211,16 +214,19 @@ def knn_select_kernel(
 
     for first_key in range(0, M, BLOCK_KEYS):
         images = _tile_images(
-            _sample_start(x_ptr, sample, N * C),
-            _sample_start(y_ptr, sample, M * C),
-            _sample_start(x_scale_ptr, sample, N),
-            _sample_start(y_scale_ptr, sample, M),
-            _sample_start(y_square_ptr, sample, M),
-            _sample_start(bias_ptr, sample, bias_stride_batch),
+            x_ptr,
+            y_ptr,
+            x_scale_ptr,
+            y_scale_ptr,
+            y_square_ptr,
+            bias_ptr,
+            bias_stride_batch,
             bias_stride_query,
             bias_stride_key,
-            tl.minimum(query, N - 1),
+            sample,
+            query,
             first_key + tl.arange(0, BLOCK_KEYS),
+            N,
             M,
             C,
             BLOCK_CHANNELS,
@@ -241,10 +247,11 @@ def knn_select_kernel(
     _store_neighbours(
         tl.sort(nearest),
         -unused,
-        _sample_start(idx_ptr, sample, N * k),
-        _sample_start(dist_ptr, sample, N * k),
-        _sample_start(x_square_ptr, sample, N),
+        idx_ptr,
+        dist_ptr,
+        x_square_ptr,
         ranks_ptr,
+        sample,
         query,
         N,
         k,
@@ -293,16 +300,19 @@ def knn_sort_kernel(
     for first_key in range(0, M, BLOCK_KEYS):
         key = first_key + tl.arange(0, BLOCK_KEYS)
         images = _tile_images(
-            _sample_start(x_ptr, sample, N * C),
-            _sample_start(y_ptr, sample, M * C),
-            _sample_start(x_scale_ptr, sample, N),
-            _sample_start(y_scale_ptr, sample, M),
-            _sample_start(y_square_ptr, sample, M),
-            _sample_start(bias_ptr, sample, bias_stride_batch),
+            x_ptr,
+            y_ptr,
+            x_scale_ptr,
+            y_scale_ptr,
+            y_square_ptr,
+            bias_ptr,
+            bias_stride_batch,
             bias_stride_query,
             bias_stride_key,
-            tl.minimum(query, N - 1),
+            sample,
+            query,
             key,
+            N,
             M,
             C,
             BLOCK_CHANNELS,
@@ -325,13 +335,12 @@ def knn_sort_kernel(
             far = tl.bitonic_merge(tl.maximum(near, tile))
             near = tl.bitonic_merge(tl.minimum(near, tile))
 
-    idx_ptr = _sample_start(idx_ptr, sample, N * k)
-    dist_ptr = _sample_start(dist_ptr, sample, N * k)
-    x_square_ptr = _sample_start(x_square_ptr, sample, N)
-    _store_neighbours(near, 0, idx_ptr, dist_ptr, x_square_ptr, ranks_ptr, query, N, k, dilation, SLOTS)
+    _store_neighbours(
+        near, 0, idx_ptr, dist_ptr, x_square_ptr, ranks_ptr, sample, query, N, k, dilation, SLOTS
+    )
     if LIST > BLOCK_KEYS:
         _store_neighbours(
-            far, BLOCK_KEYS, idx_ptr, dist_ptr, x_square_ptr, ranks_ptr, query, N, k, dilation, SLOTS
+            far, BLOCK_KEYS, idx_ptr, dist_ptr, x_square_ptr, ranks_ptr, sample, query, N, k, dilation, SLOTS
         )
 
 
@@ -347,8 +356,8 @@ class Launch(NamedTuple):
 
 
 # Up to this many neighbours taking them one by one beats sorting. [counted] On 196 keys a block of 16
-# queries takes about 22 steps of 230 instructions for 9 neighbours and 80 for 32; sorting, for any number up to
-# 64, four tiles of 5000.
+# queries takes about 22 steps of 230 instructions for 9 neighbours and 80 of 250 for 32. Sorting takes
+# four tiles of 5000 for any number up to 64.
 MAX_SELECTED = 32
 
 NORMS_BLOCK_ROWS, NORMS_BLOCK_CHANNELS, NORMS_WARPS = 16, 128, 4
@@ -371,7 +380,9 @@ def _launch(capability: int, neighbours: int, queries: int, dtype: torch.dtype) 
     return Launch(kernel, 16, 64, block_channels, num_warps=1, num_stages=3)
 
 
-def _constexprs(launch: Launch, k: int, dilation: int, dtype: torch.dtype, allow_tf32: bool) -> dict[str, Any]:
+def _constexprs(
+    launch: Launch, k: int, dilation: int, dtype: torch.dtype, allow_tf32: bool
+) -> dict[str, Any]:
     smallest = 16 if launch.kernel is knn_select_kernel else launch.block_keys
     return {
         "LIST": max(smallest, triton.next_power_of_2(k * dilation)),
@@ -422,7 +433,7 @@ def knn(
         return idx, dist
 
     if dispatch.TRITON_INTERPRETED and x.dtype == torch.bfloat16:
-        # The interpreter's tl.dot multiplies the bit patterns of bfloat16. As float32 the values are the same.
+        # The interpreter's tl.dot multiplies the bits of bfloat16. As float32 the values are the same.
         x, y = x.float(), None if y is None else y.float()
     x = x.contiguous()
     keys = x if y is None else y.contiguous()

@@ -363,7 +363,9 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t* b) {
           }
         }
       }
-      sum[2 * h + e] = float(total);
+      float result = float(total);  // rounded, where the hardware cuts off
+      if (std::abs(result) > std::abs(total)) result = std::nextafter(result, 0.0f);
+      sum[2 * h + e] = result;
     }
   }
 }

@@ -323,13 +323,20 @@ def test_real_features(library, dtype, allow_tf32, keys, channels, k, dilation):
         assert len(set(row)) == k
 
 
-def test_float32_is_not_tf32(library):
-    """The distance error of float32 input is that of float32 sums, far below TF32's 1e-3."""
+@pytest.mark.parametrize("channels", [16, 320, 1024])
+def test_float32_is_as_accurate_as_float32(library, channels):
+    """Products of split floats, cut off by the tensor cores, against the same formula in float32."""
     generator = np.random.default_rng(9)
-    x = to_bits(generator.standard_normal((1, 80, 64)), "f32")
-    idx, dist = knn(library, x, 80, 1, "f32", normalize=True)
+    x = to_bits(generator.standard_normal((1, 70, channels)) + 1, "f32")
+    idx, dist = knn(library, x, 70, 1, "f32", normalize=True)
     values, square = ranking(x, None, None, True)
-    assert np.abs(dist - np.take_along_axis(values + square, idx, -1)).max() < 2e-6
+    exact = values + square
+    unit = x / np.sqrt((x * x).sum(-1, keepdims=True))
+    norms = (unit * unit).sum(-1)
+    plain = norms[:, None, :] - 2 * unit @ unit.transpose(0, 2, 1) + norms[:, :, None]
+    error = np.abs(dist - np.take_along_axis(exact, idx, -1))
+    assert error.max() <= 2 * np.abs(plain - exact).max()
+    assert np.sqrt((error**2).mean()) <= 2 * np.sqrt(((plain - exact) ** 2).mean())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

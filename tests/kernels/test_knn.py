@@ -541,6 +541,14 @@ def test_cuda_graph_capture(backend):
     assert torch.equal(idx, dilated_knn(x, k=9, backend=backend))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_reference_on_cuda():
+    x, y = integers(2, 60, 20), integers(2, 90, 20, seed=1)
+    x[0, 3, 3] = y[1, 5, 5] = torch.nan
+    for dtype in dtypes_of("reference"):
+        check_exact("reference", x.to("cuda", dtype), y.to("cuda", dtype), k=9, dilation=3)
+
+
 # ---- edge index ----
 
 

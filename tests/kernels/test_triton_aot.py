@@ -1,0 +1,88 @@
+"""Every Triton kernel compiles ahead of time, without a GPU, and keeps to its registers.
+
+Any ``fer_kernels/OPERATOR/triton.py`` names its kernels in ``aot_cases(capability)``. What each may cost
+stands in triton_budget.json, which a person reviews: registers a thread and bytes of stack. These
+kernels have no arrays of their own on the stack, so what lies there was spilled.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import fer_kernels
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    pytest.skip("TRITON_INTERPRET=1: Triton interprets and compiles nothing", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+BUDGET = json.loads(Path(__file__).with_name("triton_budget.json").read_text())
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+CAPABILITIES = (80, 90)
+
+
+def operators():
+    return sorted(path.parent.name for path in Path(fer_kernels.__file__).parent.glob("*/triton.py"))
+
+
+def all_cases(capability):
+    cases = {}
+    for operator in operators():
+        module = importlib.import_module(f"fer_kernels.{operator}.triton")
+        for name, case in module.aot_cases(capability).items():
+            cases[f"{operator}: {name}"] = case
+    return cases
+
+
+CASES = {capability: all_cases(capability) for capability in CAPABILITIES}
+
+
+def compiled(case, capability):
+    kernel, signature, constexprs, num_warps, num_stages = case
+    aligned = [i for i, kind in enumerate(signature.values()) if kind.endswith(":16")]
+    source = ASTSource(
+        kernel,
+        {name: kind.removesuffix(":16") for name, kind in signature.items()},
+        constexprs,
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def test_there_are_kernels():
+    assert "knn" in operators()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_budget_lists_every_case_and_no_other(capability):
+    assert sorted(BUDGET[f"sm_{capability}"]) == sorted(CASES[capability])
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [(capability, name) for capability in CAPABILITIES for name in CASES[capability]],
+    ids=lambda value: f"sm_{value}" if isinstance(value, int) else value,
+)
+def test_compiles_within_budget(capability, name, tmp_path):
+    allowed = BUDGET[f"sm_{capability}"].get(name)
+    assert allowed is not None, f"no budget for {name!r} on sm_{capability}"
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled(CASES[capability][name], capability).asm["cubin"])
+    usage = subprocess.run(
+        [CUOBJDUMP, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True
+    ).stdout
+    registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    assert spilled <= allowed["spilled_bytes"] and registers <= allowed["registers"], (
+        f"{name}, sm_{capability}: {registers} registers and {spilled} bytes of spills; allowed {allowed}"
+    )
