@@ -23,6 +23,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11: one build runs on every later torch
 X86_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -108,15 +109,12 @@ class NinjaBuild(build_ext):
             "built": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
             "platform": platform.platform(),
         }
-        built = []
-        if flag("FER_KERNELS_SKIP_CPU"):
-            self.leave_out("cpu", "FER_KERNELS_SKIP_CPU was set when it was installed")
-        else:
-            self.build_cpu()
-            built.append("_cpu")
-        if self.build_cuda_if_possible():
-            built.append("_cuda")
-        self.extensions = [e for e in self.extensions if e.name.rsplit(".", 1)[1] in built]
+        for name, build in (("_cpu", self.build_cpu_if_wanted), ("_cuda", self.build_cuda_if_possible)):
+            if not build():
+                # What an earlier build left behind must not be packed as this one's.
+                for folder in (Path(self.build_lib), *([ROOT] if self.inplace else [])):
+                    self.module_path(folder, name).unlink(missing_ok=True)
+                self.extensions = [e for e in self.extensions if e.name != f"fer_kernels.{name}"]
         self.info_path().write_text(json.dumps(self.info, indent=2) + "\n")
         if self.inplace:
             self.copy_extensions_to_source()
@@ -126,6 +124,9 @@ class NinjaBuild(build_ext):
         (folder / "fer_kernels").mkdir(parents=True, exist_ok=True)
         return folder / "fer_kernels" / "_build_info.json"
 
+    def module_path(self, folder: Path, name: str) -> Path:
+        return folder / self.get_ext_filename(f"fer_kernels.{name}")
+
     def get_outputs(self) -> list[str]:
         return [*super().get_outputs(), str(self.info_path())]
 
@@ -133,7 +134,10 @@ class NinjaBuild(build_ext):
         self.info[f"{name}_left_out"] = reason
         say(f"the {name} module is LEFT OUT: {reason}")
 
-    def build_cpu(self) -> None:
+    def build_cpu_if_wanted(self) -> bool:
+        if flag("FER_KERNELS_SKIP_CPU"):
+            self.leave_out("cpu", "FER_KERNELS_SKIP_CPU was set when it was installed")
+            return False
         compiler = shlex.split(os.environ.get("CXX", "c++"))
         if shutil.which(compiler[0]) is None:
             raise CompileError(
@@ -142,42 +146,46 @@ class NinjaBuild(build_ext):
                 "compiled CPU code: the reference and Triton backends work without it."
             )
         self.info["compiler"] = first_line([*compiler, "--version"])
-        sources = ROOT / "csrc"
-        commands = [self.host_object(compiler, sources / "bindings" / "cpu.cpp", [])]
+        commands = [self.host_object(compiler, CSRC / "bindings" / "cpu.cpp", [])]
         isas = {"baseline": []} | (X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {})
-        for source in sorted((sources / "cpu").glob("*.cpp")):
+        for source in sorted((CSRC / "cpu").glob("*.cpp")):
             for isa, flags in isas.items():
                 commands.append(self.kernel_object(compiler, source, isa, flags))
         self.link(compiler, "_cpu", commands, ["-ltorch_cpu"])
+        return True
 
     def build_cuda_if_possible(self) -> bool:
         """Whether the CUDA module was built; with FORCE_CUDA=1 anything else is an error."""
-        force = flag("FORCE_CUDA")
+        import torch
+
+        rest = "The reference, cpu and triton backends work without it"
         if flag("FER_KERNELS_SKIP_CUDA"):
             self.leave_out("cuda", "FER_KERNELS_SKIP_CUDA was set when it was installed")
             return False
         home, looked = find_cuda_home()
+        problem = None
         if home is None:
-            reason = (
-                f"no CUDA toolkit found; looked at {looked}. The reference, cpu and triton backends work "
-                "without it; to build it, install the toolkit, or name its folder: CUDA_HOME=/path/to/cuda pip install ."
+            problem = (
+                f"no CUDA toolkit found; looked at {looked}. {rest}; to build it, install the toolkit, "
+                "or name its folder: CUDA_HOME=/path/to/cuda pip install ."
             )
-            if force:
-                raise CompileError(f"fer_kernels: FORCE_CUDA is set, but {reason}")
-            self.leave_out("cuda", reason)
-            return False
-        try:
-            self.build_cuda(home)
-        except CompileError as error:
-            if force:
-                raise
-            self.leave_out(
-                "cuda",
-                f"nvcc of {home} failed ({error}). The reference, cpu and triton backends work without it; "
-                "FORCE_CUDA=1 pip install -v . shows the compiler's own words",
-            )
-            return False
-        return True
+        elif torch.version.cuda is None:
+            # Linked without torch's CUDA library, it would load under no torch at all.
+            problem = f"torch {torch.__version__}, which it would be built against, has no CUDA. {rest}"
+        else:
+            try:
+                self.build_cuda(home)
+            except CompileError as error:
+                problem = (
+                    f"nvcc of {home} failed ({error}). {rest}; "
+                    "FORCE_CUDA=1 pip install -v . shows the compiler's own words"
+                )
+        if problem is None:
+            return True
+        if flag("FORCE_CUDA"):
+            raise CompileError(f"fer_kernels: FORCE_CUDA is set, but {problem}")
+        self.leave_out("cuda", problem)
+        return False
 
     def build_cuda(self, home: Path) -> None:
         wanted = architectures()
@@ -186,142 +194,51 @@ class NinjaBuild(build_ext):
         self.info["nvcc"] = first_line([str(nvcc), "--version"], -1)
         self.info["cuda_home"] = str(home)
         self.info["cuda_architectures"] = wanted
-        sources = ROOT / "csrc"
-        include = [f"-I{home / 'include'}", "-DUSE_CUDA", f'-DFER_CUDA_ARCHS="{";".join(wanted)}"']
-        commands = [self.host_object(compiler, sources / "bindings" / "cuda.cpp", include)]
-        flags = [
-            "-std=c++17",
-            "-O3",
-            "-Xcompiler",
-            "-fPIC,-fvisibility=hidden",
-            "-lineinfo",
-            "--threads",
-            "1",
-        ]
-        for source in sorted((sources / "cuda").glob("*.cu")):
-            out = self.object_path(source, "cuda")
-            arch = [part for a in wanted for part in gencode(a)]
-            commands.append(
-                (
-                    out,
-                    source,
-                    [
-                        str(nvcc),
-                        *flags,
-                        *arch,
-                        f"-I{sources / 'include'}",
-                        f"-I{sources}",
-                        "-MD",
-                        "-MF",
-                        f"{out}.d",
-                        "-c",
-                        str(source),
-                        "-o",
-                        str(out),
-                    ],
-                )
-            )
-        library = next(p for p in (home / "lib64", home / "lib") if p.is_dir())
-        self.link(
-            compiler,
-            "_cuda",
-            commands,
-            [
-                "-ltorch_cpu",
-                "-ltorch_cuda" if self.has("torch_cuda") else "",
-                f"-L{library}",
-                "-lcudart_static",
-                "-lrt",
-                "-lpthread",
-                "-ldl",
-            ],
-        )
-
-    def has(self, library: str) -> bool:
-        return (self.torch_root / "lib" / f"lib{library}.so").is_file()
+        include = [f"-I{home / 'include'}"]
+        named = [f'-DFER_CUDA_ARCHS="{";".join(wanted)}"']
+        commands = [self.host_object(compiler, CSRC / "bindings" / "cuda.cpp", include + named)]
+        flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-lineinfo"]
+        targets = [part for architecture in wanted for part in gencode(architecture)]
+        for source in sorted((CSRC / "cuda").glob("*.cu")):
+            command = [str(nvcc), *flags, *targets, f"-I{CSRC / 'include'}", f"-I{CSRC}"]
+            commands.append(self.compile(command, source, "cuda"))
+        folders = [f"-L{home / name}" for name in ("lib64", "lib")]
+        libraries = ["-ltorch_cpu", "-ltorch_cuda", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+        self.link(compiler, "_cuda", commands, folders + libraries)
 
     def object_path(self, source: Path, variant: str) -> Path:
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{source.parent.name}_{source.stem}.{variant}.o"
 
-    def kernel_object(self, compiler: list[str], source: Path, isa: str, flags: list[str]) -> tuple:
-        out = self.object_path(source, isa)
-        return (
-            out,
-            source,
-            [
-                *compiler,
-                "-std=c++20",
-                "-O3",
-                "-ffp-contract=fast",
-                "-fPIC",
-                "-fvisibility=hidden",
-                "-Wall",
-                "-Wno-maybe-uninitialized",  # gcc's own AVX-512 headers
-                *flags,
-                f"-I{ROOT / 'csrc' / 'include'}",
-                "-MD",
-                "-MF",
-                f"{out}.d",
-                "-c",
-                str(source),
-                "-o",
-                str(out),
-            ],
-        )
+    def compile(self, command: list[str], source: Path, variant: str) -> tuple[Path, Path, list[str]]:
+        """(object, source, whole command), with the headers it reads listed for ninja."""
+        out = self.object_path(source, variant)
+        return out, source, [*command, "-MD", "-MF", f"{out}.d", "-c", str(source), "-o", str(out)]
 
-    def host_object(self, compiler: list[str], source: Path, flags: list[str]) -> tuple:
+    def kernel_object(self, compiler: list[str], source: Path, isa: str, flags: list[str]):
+        # gcc's own AVX-512 headers may be uninitialized, it says.
+        common = "-std=c++20 -O3 -ffp-contract=fast -fPIC -fvisibility=hidden -Wall -Wno-maybe-uninitialized"
+        return self.compile([*compiler, *common.split(), *flags, f"-I{CSRC / 'include'}"], source, isa)
+
+    def host_object(self, compiler: list[str], source: Path, flags: list[str]):
         try:
             import pybind11
 
             pybind = pybind11.get_include()
         except ImportError:  # torch carries the headers too
             pybind = str(self.torch_root / "include")
-        out = self.object_path(source, "host")
-        include = self.torch_root / "include"
-        return (
-            out,
-            source,
-            [
-                *compiler,
-                "-std=c++20",
-                "-O2",
-                "-fPIC",
-                "-fvisibility=hidden",
-                STABLE_ABI,
-                *flags,
-                f"-I{ROOT / 'csrc' / 'include'}",
-                f"-I{ROOT / 'csrc'}",
-                f"-isystem{pybind}",
-                f"-isystem{include}",
-                f"-isystem{sysconfig.get_paths()['include']}",
-                "-MD",
-                "-MF",
-                f"{out}.d",
-                "-c",
-                str(source),
-                "-o",
-                str(out),
-            ],
-        )
+        ours = [f"-I{CSRC / 'include'}", f"-I{CSRC}"]
+        theirs = [pybind, self.torch_root / "include", sysconfig.get_paths()["include"]]
+        common = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden"]
+        command = [*compiler, *common, STABLE_ABI, *flags, *ours, *(f"-isystem{path}" for path in theirs)]
+        return self.compile(command, source, "host")
 
     def link(self, compiler: list[str], name: str, commands: list[tuple], libraries: list[str]) -> None:
-        target = Path(self.get_ext_fullpath(f"fer_kernels.{name}")).resolve()
-        if self.inplace:  # setuptools copies it to the source tree afterwards
-            target = Path(self.build_lib).resolve() / self.get_ext_filename(f"fer_kernels.{name}")
+        target = self.module_path(Path(self.build_lib).resolve(), name)
         target.parent.mkdir(parents=True, exist_ok=True)
         objects = [str(out) for out, _, _ in commands]
-        link = [
-            *compiler,
-            "-shared",
-            *objects,
-            f"-L{self.torch_root / 'lib'}",
-            *filter(None, libraries),
-            "-Wl,--as-needed",
-            "-o",
-            str(target),
-        ]
+        link = [*compiler, "-shared", *objects, f"-L{self.torch_root / 'lib'}", *libraries, "-o", str(target)]
         lines = ["ninja_required_version = 1.3", "rule run", "  command = $cmd", "  description = $what", ""]
         for out, source, command in commands:
             lines += [
@@ -360,7 +277,10 @@ class NinjaBuild(build_ext):
 
 
 def first_line(command: list[str], index: int = 0) -> str:
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()[index]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()[index]
+    except (OSError, IndexError):
+        return "unknown"
 
 
 def escape(path: Path | str) -> str:

@@ -53,7 +53,7 @@ inline Vec<Int<A>> ordered(Vec<A> d) {
 
 template <class A>
 struct Scale {
-  A inverse_norm;  // 1 without normalize; NaN where the squared norm is not finite
+  A inverse_norm;  // 1 without normalize; NaN in any case where the squared norm is not finite
   A square;        // |x̂|²
 };
 
@@ -72,9 +72,8 @@ Scale<A> row_scale(const T* row, int64_t channels, bool normalize) {
   }
   A square = total<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (; c < channels; ++c) square += widen<A>(row[c]) * widen<A>(row[c]);
-  if (!normalize) return {A(1), square};
-  const A inverse = std::isfinite(square) ? A(1) / std::max(std::sqrt(square), A(1e-12))
-                                          : std::numeric_limits<A>::quiet_NaN();
+  A inverse = normalize ? A(1) / std::max(std::sqrt(square), A(1e-12)) : A(1);
+  if (!std::isfinite(square)) inverse = std::numeric_limits<A>::quiet_NaN();
   return {inverse, square * inverse * inverse};
 }
 

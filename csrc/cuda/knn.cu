@@ -119,7 +119,7 @@ norms_kernel(const Problem problem, int64_t x_rows, int64_t rows, Norm* norms) {
 
   float scale = problem.call.normalize ? 1.0f / fmaxf(sqrtf(square), 1e-12f) : 1.0f;
   // fmaxf drops a NaN, and TF32 rounding may too.
-  const bool spoilt = square != square || (problem.call.normalize && square > 3.4028235e38f);
+  const bool spoilt = !(square <= 3.4028235e38f);
   if (spoilt) scale = bits_float(0x7FC00000u);
   norms[row] = {scale, square * scale * scale};
 }

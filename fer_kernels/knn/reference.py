@@ -13,10 +13,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """x / max(|x|, 1e-12) by row; a row whose squared norm is NaN or infinite becomes NaN."""
+def prepare_rows(x: Tensor, normalize: bool) -> Tensor:
+    """x / max(|x|, 1e-12) by row, or x; a row whose squared norm is NaN or infinite becomes NaN."""
     square = (x * x).sum(-1, keepdim=True)
-    scale = square.sqrt().clamp_min(1e-12).reciprocal()
+    scale = square.sqrt().clamp_min(1e-12).reciprocal() if normalize else torch.ones_like(square)
     return x * scale.where(square.isfinite(), torch.nan)
 
 
@@ -32,11 +32,8 @@ def knn(
     allow_tf32: bool,  # float32 products follow torch's own setting here
 ) -> tuple[Tensor, Tensor]:
     compute = accumulation_dtype(x.dtype)
-    queries = x.to(compute)
-    keys = queries if y is None else y.to(compute)
-    if normalize:
-        queries = unit_rows(queries)
-        keys = queries if y is None else unit_rows(keys)
+    queries = prepare_rows(x.to(compute), normalize)
+    keys = queries if y is None else prepare_rows(y.to(compute), normalize)
 
     # |x_i|² is the same for a whole row: it cannot change the order, and adding it would only round.
     ranking = (keys * keys).sum(-1).unsqueeze(1) - 2 * (queries @ keys.mT)

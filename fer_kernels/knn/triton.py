@@ -513,17 +513,26 @@ def aot_cases(capability: int) -> dict[str, AotCase]:
             for queries in (196, 3136):
                 launch = _launch(capability, k * dilation, queries, dtype)
                 case = f"{name} k={k} d={dilation} block={launch.block_queries}"
-                cases[case] = _aot_case(launch, k, dilation, dtype, name, everything=False)
-        # Bias, ranks and distances, with as many slots as there can be; only float32 can be allowed TF32.
+                cases[case] = _aot_case(launch, k, dilation, dtype, name)
+        # Bias, ranks and distances, with the longest list there can be.
         launch = _launch(capability, 128, 196, dtype)
         cases[f"{name} k=128 d=1 everything"] = _aot_case(launch, 128, 1, dtype, name, everything=True)
+    launch = _launch(capability, 72, 196, torch.float32)
+    cases["fp32 k=18 d=4 tf32"] = _aot_case(launch, 18, 4, torch.float32, "fp32", allow_tf32=True)
     return cases
 
 
 def _aot_case(
-    launch: Launch, k: int, dilation: int, dtype: torch.dtype, name: str, everything: bool
+    launch: Launch,
+    k: int,
+    dilation: int,
+    dtype: torch.dtype,
+    name: str,
+    *,
+    everything: bool = False,
+    allow_tf32: bool = False,
 ) -> AotCase:
-    constexprs = _constexprs(launch, k, dilation, dtype, allow_tf32=False)
+    constexprs = _constexprs(launch, k, dilation, dtype, allow_tf32)
     types = {
         "x_ptr": f"*{name}:16",
         "y_ptr": f"*{name}:16",

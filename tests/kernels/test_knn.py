@@ -204,13 +204,17 @@ def test_nan_query_takes_keys_in_index_order(backend):
 
 
 @every_backend
-def test_infinite_rows_are_nan_when_normalized(backend):
-    x = normal(1, 3, 8, device=device_of(backend))
+@pytest.mark.parametrize("normalize", [True, False])
+def test_infinite_rows_are_nan(backend, normalize):
+    x = normal(1, 4, 8, device=device_of(backend))
+    x[0, 3, 2] = -torch.inf
     y = normal(1, 33, 8, seed=1, device=device_of(backend))
     y[0, 7, 3] = torch.inf
     y[0, 9] = 3e38  # finite, but not its squared norm
-    idx = dilated_knn(x, y, k=33, backend=backend)
-    assert torch.equal(idx[..., -2:].cpu(), torch.tensor([7, 9]).expand(1, 3, 2))
+    idx, dist = dilated_knn(x, y, k=33, normalize=normalize, return_distance=True, backend=backend)
+    assert torch.equal(idx[:, :3, -2:].cpu(), torch.tensor([7, 9]).expand(1, 3, 2))
+    assert torch.equal(idx[0, 3].cpu(), torch.arange(33)) and dist[0, 3].isnan().all()
+    assert dist[:, :3, -2:].isnan().all() and not dist[:, :3, :-2].isnan().any()
 
 
 @every_backend
