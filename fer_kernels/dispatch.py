@@ -18,8 +18,8 @@ import contextlib
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,8 +41,13 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 CHECK_VALUES = os.environ.get("FER_KERNELS_CHECK", "0") == "1"
 
 _LIBRARY = torch.library.Library("fer_kernels", "DEF")
-_DEFAULT_BACKEND = os.environ.get("FER_KERNELS_BACKEND", "auto")
-_requested: ContextVar[str] = ContextVar("fer_kernels_backend", default=_DEFAULT_BACKEND)
+
+
+class _Requested(threading.local):  # torch.compile guards on these; on a ContextVar only from 2.15
+    backend: str = os.environ.get("FER_KERNELS_BACKEND", "auto")
+
+
+_requested = _Requested()
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Operator:
     def choose(self, backend: str, *tensors: torch.Tensor | None) -> Any:
         """The registered operator for this call: the fastest that takes it, or the one asked for."""
         if backend == "auto":
-            backend = _requested.get()
+            backend = _requested.backend
         if backend == "auto":
             for candidate in ("cpu", "cuda", "triton"):
                 proved = candidate == "cpu" or (self.name, candidate) in PROVED_ON
@@ -121,18 +126,19 @@ def check_backend_name(backend: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Within the ``with`` block, every operator called with ``backend="auto"`` runs on this backend.
+    """Within the block, every operator that this thread calls with ``backend="auto"`` runs on this backend.
 
     ``"auto"`` restores the free choice. An operator that the backend cannot run raises and says why.
     The process-wide default is the environment variable FER_KERNELS_BACKEND, read at import.
     """
     if backend != "auto":
         check_backend_name(backend)
-    token = _requested.set(backend)
+    before = _requested.backend
+    _requested.backend = backend
     try:
         yield
     finally:
-        _requested.reset(token)
+        _requested.backend = before
 
 
 def available_backends(op: str) -> list[str]:

@@ -1,8 +1,9 @@
 """Every Triton kernel compiles ahead of time, without a GPU, and keeps to its registers.
 
 Any ``fer_kernels/OPERATOR/triton.py`` names its kernels in ``aot_cases(capability)``. What each may cost
-stands in triton_budget.json, which a person reviews: registers a thread and bytes of stack. These
-kernels have no arrays of their own on the stack, so what lies there was spilled.
+stands in triton_budget.json, which a person reviews: registers a thread (rounded up to a multiple of 8)
+and bytes of stack, the larger of Triton 3.6 and 3.9. These kernels have no arrays of their own on the stack,
+so what lies there was spilled.
 """
 
 import importlib
