@@ -24,7 +24,9 @@ using fer::bindings::Tensor;
 
 cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  // Not STABLE_TORCH_ERROR_CODE_CHECK, which torch 2.11 does not have.
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
+                  "no current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
 
