@@ -62,9 +62,10 @@ Scale<A> row_scale(const T* row, int64_t channels, bool normalize) {
   Vec<A> sums[4] = {};  // enough chains to hide the latency of an addition
   int64_t c = 0;
   for (; c + 4 * kLanes<A> <= channels; c += 4 * kLanes<A>)
-    for (int i = 0; i < 4; ++i) {
-      const Vec<A> v = load_as<A>(row + c + i * kLanes<A>);
-      sums[i] += v * v;
+    for (int i = 0; i < 4; i += 2) {
+      const Pair<A> v = load_pair_as<A>(row + c + i * kLanes<A>);
+      sums[i] += v.first * v.first;
+      sums[i + 1] += v.second * v.second;
     }
   for (; c + kLanes<A> <= channels; c += kLanes<A>) {
     const Vec<A> v = load_as<A>(row + c);
@@ -77,10 +78,25 @@ Scale<A> row_scale(const T* row, int64_t channels, bool normalize) {
   return {inverse, square * inverse * inverse};
 }
 
-// Writes rows[r][c] * scale[r] to packed[c * pitch + r]; pitch is a multiple of 4.
+// Four rows of a vector of channels each, to packed[channel * pitch + row].
+template <class A>
+void store_transposed(Vec<A> a, Vec<A> b, Vec<A> d, Vec<A> e, int pitch, A* packed) {
+  const Vec<A> ab_low = shuffle_groups<A, 0, 4, 1, 5>(a, b), ab_high = shuffle_groups<A, 2, 6, 3, 7>(a, b);
+  const Vec<A> de_low = shuffle_groups<A, 0, 4, 1, 5>(d, e), de_high = shuffle_groups<A, 2, 6, 3, 7>(d, e);
+  // columns[i] holds channels i, 4 + i, 8 + i, ..., the four rows of each side by side.
+  const Vec<A> columns[4] = {
+      shuffle_groups<A, 0, 1, 4, 5>(ab_low, de_low), shuffle_groups<A, 2, 3, 6, 7>(ab_low, de_low),
+      shuffle_groups<A, 0, 1, 4, 5>(ab_high, de_high), shuffle_groups<A, 2, 3, 6, 7>(ab_high, de_high)};
+  [&]<int... n>(std::integer_sequence<int, n...>) {
+    (store_four<A>(packed + n * pitch, group<A, n / 4>(columns[n % 4])), ...);
+  }(std::make_integer_sequence<int, kLanes<A>>{});
+}
+
+// Writes rows[r][c] * scale[r] to packed[c' * pitch + r]; pitch is a multiple of 4. c' is c but for
+// the order in which load_pair_as() takes channels: the same for queries and keys, so no sum changes.
 template <class A, class T>
 void pack(const T* const* rows, const A* scale, int64_t channels, int pitch, A* packed) {
-  typedef Int<A> Shuffle __attribute__((vector_size(4 * sizeof(A))));
+  constexpr int lanes = kLanes<A>;
   constexpr int64_t kChunk = 64;  // channels whose packed rows stay in the first-level cache while all rows pass
   for (int64_t chunk = 0; chunk < channels; chunk += kChunk) {
     const int64_t end = std::min(chunk + kChunk, channels);
@@ -89,18 +105,16 @@ void pack(const T* const* rows, const A* scale, int64_t channels, int pitch, A* 
       const A s0 = scale[r], s1 = scale[r + 1], s2 = scale[r + 2], s3 = scale[r + 3];
       A* to = packed + chunk * pitch + r;
       int64_t c = chunk;
-      for (; c + 4 <= end; c += 4) {
-        const Four<A> a = load_four_as<A>(p0 + c) * s0, b = load_four_as<A>(p1 + c) * s1;
-        const Four<A> d = load_four_as<A>(p2 + c) * s2, e = load_four_as<A>(p3 + c) * s3;
-        const Four<A> ab_low = __builtin_shuffle(a, b, Shuffle{0, 4, 1, 5});
-        const Four<A> ab_high = __builtin_shuffle(a, b, Shuffle{2, 6, 3, 7});
-        const Four<A> de_low = __builtin_shuffle(d, e, Shuffle{0, 4, 1, 5});
-        const Four<A> de_high = __builtin_shuffle(d, e, Shuffle{2, 6, 3, 7});
-        const Four<A> columns[4] = {__builtin_shuffle(ab_low, de_low, Shuffle{0, 1, 4, 5}),
-                                 __builtin_shuffle(ab_low, de_low, Shuffle{2, 3, 6, 7}),
-                                 __builtin_shuffle(ab_high, de_high, Shuffle{0, 1, 4, 5}),
-                                 __builtin_shuffle(ab_high, de_high, Shuffle{2, 3, 6, 7})};
-        for (int i = 0; i < 4; ++i, to += pitch) std::memcpy(to, &columns[i], sizeof columns[i]);
+      if constexpr (lanes >= 4) {
+        for (; c + 2 * lanes <= end; c += 2 * lanes, to += 2 * lanes * pitch) {
+          const Pair<A> a = load_pair_as<A>(p0 + c), b = load_pair_as<A>(p1 + c);
+          const Pair<A> d = load_pair_as<A>(p2 + c), e = load_pair_as<A>(p3 + c);
+          store_transposed<A>(a.first * s0, b.first * s1, d.first * s2, e.first * s3, pitch, to);
+          store_transposed<A>(a.second * s0, b.second * s1, d.second * s2, e.second * s3, pitch, to + lanes * pitch);
+        }
+        for (; c + lanes <= end; c += lanes, to += lanes * pitch)
+          store_transposed<A>(load_as<A>(p0 + c) * s0, load_as<A>(p1 + c) * s1, load_as<A>(p2 + c) * s2,
+                              load_as<A>(p3 + c) * s3, pitch, to);
       }
       for (; c < end; ++c, to += pitch) {
         to[0] = widen<A>(p0[c]) * s0, to[1] = widen<A>(p1[c]) * s1;
@@ -295,6 +309,8 @@ class Worker {
 
  private:
   static constexpr int kPanel = 2 * kLanes<A>;
+  // The last few keys go to a panel of half the width, unless that is less than pack() can fill.
+  static constexpr int panel_width(int keys) { return keys <= kLanes<A> && kLanes<A> >= 4 ? kLanes<A> : kPanel; }
 
   // Pointers to `count` rows; the last stands in for the rest up to `pitch`, and what is computed
   // from those is never looked at.
@@ -309,8 +325,7 @@ class Worker {
     const T* rows[kPanel];
     for (int64_t j = first; j < last; j += kPanel) {
       const int count = static_cast<int>(std::min<int64_t>(kPanel, last - j));
-      // The last few keys go to a panel of half the width.
-      const int pitch = count <= kLanes<A> ? kLanes<A> : kPanel;
+      const int pitch = panel_width(count);
       A* scale = key_scale_.get() + j - first;
       A* square = key_square_.get() + j - first;
       point_at(key_data_ + (b * call_.keys + j) * call_.channels, count, pitch, rows);
@@ -389,10 +404,10 @@ class Worker {
     for (int j = 0; j < width; j += kPanel) {
       const Tile<A> t{packed_queries_.get(), packed_keys_.get() + (first + j) * call_.channels,
                       key_square_.get() + first + j, call_.channels, factor, distances_.get() + j};
-      if (width - j <= kLanes<A>)
-        distances_tile<A, 1>(t, rows);
-      else
+      if (panel_width(width - j) == kPanel)
         distances_tile<A, 2>(t, rows);
+      else
+        distances_tile<A, 1>(t, rows);
     }
   }
 

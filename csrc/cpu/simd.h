@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 #define FER_ISA avx512
@@ -65,6 +66,33 @@ inline T least(Vec<T> v) {
   T low = v[0];
   for (int l = 1; l < kLanes<T>; ++l) low = v[l] < low ? v[l] : low;
   return low;
+}
+
+// ---- groups of four lanes ----
+
+template <class T>
+struct FourOf {
+  typedef T type __attribute__((vector_size(4 * sizeof(T))));
+};
+template <class T>
+using Four = typename FourOf<T>::type;
+
+// In every group of four lanes: those lanes of a's group (0 to 3) and of b's (4 to 7).
+template <class T, int i0, int i1, int i2, int i3>
+inline Vec<T> shuffle_groups(Vec<T> a, Vec<T> b) {
+  return [&]<int... l>(std::integer_sequence<int, l...>) {
+    constexpr int from[4] = {i0, i1, i2, i3};
+    return __builtin_shufflevector(
+        a, b, (l / 4 * 4 + from[l % 4] % 4 + (from[l % 4] < 4 ? 0 : kLanes<T>))...);
+  }(std::make_integer_sequence<int, kLanes<T>>{});
+}
+template <class T>
+inline void store_four(T* to, Four<T> v) {
+  std::memcpy(to, &v, sizeof v);
+}
+template <class T, int g>
+inline Four<T> group(Vec<T> v) {
+  return __builtin_shufflevector(v, v, 4 * g, 4 * g + 1, 4 * g + 2, 4 * g + 3);
 }
 
 // Signed integers of the width of a float type: what vector comparisons yield.
@@ -211,22 +239,12 @@ inline To widen(Float16 value) {
 #endif
 }
 
-// A vector (four) of input elements as accumulation type To.
+// A vector of input elements as accumulation type To.
 template <class To, class From>
 inline Vec<To> load_as(const From* from) {
   Vec<To> v;
   for (int l = 0; l < kLanes<To>; ++l) v[l] = widen<To>(from[l]);
   return v;
-}
-template <class To>
-struct FourOf {
-  typedef To type __attribute__((vector_size(4 * sizeof(To))));
-};
-template <class To>
-using Four = typename FourOf<To>::type;
-template <class To, class From>
-inline Four<To> load_four_as(const From* from) {
-  return Four<To>{widen<To>(from[0]), widen<To>(from[1]), widen<To>(from[2]), widen<To>(from[3])};
 }
 
 template <>
@@ -244,18 +262,7 @@ inline Vec<float> load_as<float, BFloat16>(const BFloat16* from) {
   std::memcpy(&bits, from, sizeof bits);
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
 }
-template <>
-inline Four<float> load_four_as<float, BFloat16>(const BFloat16* from) {
-  typedef uint16_t Halves __attribute__((vector_size(8)));
-  Halves bits;
-  std::memcpy(&bits, from, sizeof bits);
-  return reinterpret_cast<Four<float>>(__builtin_convertvector(bits, Four<uint32_t>) << 16);
-}
 #if defined(__F16C__)
-template <>
-inline Four<float> load_four_as<float, Float16>(const Float16* from) {
-  return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-}
 template <>
 inline Vec<float> load_as<float, Float16>(const Float16* from) {
 #if defined(__AVX512F__)
@@ -265,6 +272,23 @@ inline Vec<float> load_as<float, Float16>(const Float16* from) {
 #endif
 }
 #endif
+
+// Two vectors' worth of input elements, in any order that depends on nothing but the types.
+template <class To>
+struct Pair {
+  Vec<To> first, second;
+};
+template <class To, class From>
+inline Pair<To> load_pair_as(const From* from) {
+  return {load_as<To>(from), load_as<To>(from + kLanes<To>)};
+}
+template <>
+inline Pair<float> load_pair_as<float, BFloat16>(const BFloat16* from) {
+  // Even and odd elements lie in the lower and upper halves of 32-bit lanes: one instruction each.
+  Vec<uint32_t> bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return {reinterpret_cast<Vec<float>>(bits << 16), reinterpret_cast<Vec<float>>(bits & 0xFFFF0000u)};
+}
 
 }  // namespace
 }  // namespace fer::cpu::FER_ISA

@@ -60,10 +60,11 @@ def _packed(image, index):
 @triton.jit
 def knn_norms_kernel(
     x_ptr,  # (rows, C)
-    scale_ptr,  # (rows,) 1 / max(|x|, 1e-12), NaN where |x|² is not finite; None: do not normalize
+    scale_ptr,  # (rows,) 1 / max(|x|, 1e-12), or 1 if not NORMALIZE; NaN where |x|² is not finite
     square_ptr,  # (rows,) |x̂|²
     rows,
     C,
+    NORMALIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -76,12 +77,13 @@ def knn_norms_kernel(
         x = tl.load(x_ptr + row_start + channel, mask=inside, other=0.0).to(tl.float32)
         partial += x * x
     square = tl.sum(partial, 1)
-    if scale_ptr is not None:
+    if NORMALIZE:
         scale = 1.0 / tl.maximum(tl.sqrt_rn(square), 1e-12)
-        scale = tl.where(square < float("inf"), scale, float("nan"))  # false for NaN too
-        tl.store(scale_ptr + row, scale, mask=row < rows)
-        square = square * scale * scale
-    tl.store(square_ptr + row, square, mask=row < rows)
+    else:
+        scale = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
+    scale = tl.where(square < float("inf"), scale, float("nan"))  # false for NaN too
+    tl.store(scale_ptr + row, scale, mask=row < rows)
+    tl.store(square_ptr + row, square * scale * scale, mask=row < rows)
 
 
 @triton.jit
@@ -123,10 +125,9 @@ def _tile_images(
         x = tl.load(x_ptr + query[:, None] * C + channel[None, :], mask=inside[None, :], other=0.0)
         y = tl.load(y_ptr + key[None, :] * C + channel[:, None], mask=inside[:, None], other=0.0)
         product = tl.dot(x, y, product, input_precision=PRECISION)
-    if x_scale_ptr is not None:
-        # Normalizing the float32 product rather than the inputs: x̂ is never rounded to half.
-        product *= tl.load(x_scale_ptr + sample * N + query)[:, None]
-        product *= tl.load(y_scale_ptr + sample * M + key)[None, :]
+    # Scaling the float32 product rather than the inputs: x̂ is never rounded to half.
+    product *= tl.load(x_scale_ptr + sample * N + query)[:, None]
+    product *= tl.load(y_scale_ptr + sample * M + key)[None, :]
     # |x̂_i|² is the same along a row: it cannot change the order, and adding it would only round.
     ranking = tl.load(y_square_ptr + sample * M + key)[None, :] - 2.0 * product
     if bias_ptr is not None:
@@ -176,8 +177,8 @@ def _store_neighbours(
 def knn_select_kernel(
     x_ptr,  # (B, N, C)
     y_ptr,  # (B, M, C)
-    x_scale_ptr,  # (B, N), y_scale_ptr (B, M): both None where rows are not normalized
-    y_scale_ptr,
+    x_scale_ptr,  # (B, N)
+    y_scale_ptr,  # (B, M)
     x_square_ptr,  # (B, N); None where no distances are returned
     y_square_ptr,  # (B, M)
     bias_ptr,  # (B, N, M) by its strides, or None
@@ -395,10 +396,10 @@ def _constexprs(
     }
 
 
-def _norms(rows: Tensor, normalize: bool) -> tuple[Tensor | None, Tensor]:
-    """Scale (None where not normalized) and squared norm after scaling, a row each, in float32."""
+def _norms(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Every row's scale and its squared norm after scaling, in float32."""
     square = torch.empty(rows.shape[:2], dtype=torch.float32, device=rows.device)
-    scale = torch.empty_like(square) if normalize else None
+    scale = torch.empty_like(square)
     grid = (triton.cdiv(square.numel(), NORMS_BLOCK_ROWS),)
     knn_norms_kernel[grid](
         rows,
@@ -406,6 +407,7 @@ def _norms(rows: Tensor, normalize: bool) -> tuple[Tensor | None, Tensor]:
         square,
         square.numel(),
         rows.shape[2],
+        NORMALIZE=normalize,
         BLOCK_ROWS=NORMS_BLOCK_ROWS,
         BLOCK_CHANNELS=NORMS_BLOCK_CHANNELS,
         num_warps=NORMS_WARPS,
@@ -437,7 +439,7 @@ def knn(
         x, y = x.float(), None if y is None else y.float()
     x = x.contiguous()
     keys = x if y is None else y.contiguous()
-    bias_strides = (0, 0, 0)
+    bias_strides: tuple[int, ...] = (0, 0, 0)
     if bias is not None:
         bias = bias.expand(batch, queries, keys.shape[1])  # a broadcast axis gets stride 0
         bias_strides = bias.stride()
@@ -452,9 +454,7 @@ def knn(
     grid = (batch * triton.cdiv(queries, launch.block_queries),)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         y_scale, y_square = _norms(keys, normalize)
-        x_scale, x_square = y_scale, y_square
-        if y is not None and (normalize or return_distance):
-            x_scale, x_square = _norms(x, normalize)
+        x_scale, x_square = (y_scale, y_square) if y is None else _norms(x, normalize)
         launch.kernel[grid](
             x,
             keys,
@@ -500,10 +500,11 @@ def aot_cases(capability: int) -> dict[str, AotCase]:
                 "square_ptr": "*fp32:16",
                 "rows": "i32:16",
                 "C": "i32:16",
+                "NORMALIZE": "constexpr",
                 "BLOCK_ROWS": "constexpr",
                 "BLOCK_CHANNELS": "constexpr",
             },
-            {"BLOCK_ROWS": NORMS_BLOCK_ROWS, "BLOCK_CHANNELS": NORMS_BLOCK_CHANNELS},
+            {"NORMALIZE": True, "BLOCK_ROWS": NORMS_BLOCK_ROWS, "BLOCK_CHANNELS": NORMS_BLOCK_CHANNELS},
             NORMS_WARPS,
             3,
         )
