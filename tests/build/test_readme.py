@@ -1,6 +1,9 @@
 """README's operator table is what the code says."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from fer_kernels import info
@@ -14,6 +17,15 @@ def test_operator_table_is_current():
     assert table.strip() == info.markdown(info.collect()), (
         "paste `python -m fer_kernels.info --markdown` again"
     )
+
+
+def test_benchmark_table_is_current(tmp_path):
+    page = tmp_path / "README.md"
+    shutil.copy(ROOT / "README.md", page)
+    results = sorted((ROOT / "benchmarks" / "results").glob("*.csv"))
+    command = [sys.executable, "-m", "benchmarks", "report", *map(str, results), "--update", str(page)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert page.read_text() == (ROOT / "README.md").read_text(), f"run {' '.join(command)}"
 
 
 def test_every_environment_variable_is_documented():
