@@ -38,7 +38,7 @@ void set_isa(const std::string& name) {
   current_isa = static_cast<Isa>(found - names.begin());
 }
 
-template <class Call, class Kernel>
+template <class Kernel>
 Kernel pick(Kernel baseline, Kernel avx2, Kernel avx512) {
   switch (current_isa.load()) {
     case Isa::avx512: return avx512;
@@ -49,7 +49,7 @@ Kernel pick(Kernel baseline, Kernel avx2, Kernel avx512) {
 
 #if defined(__x86_64__)
 #define FER_PICK(kernel) \
-  pick<void>(&fer::cpu::baseline::kernel, &fer::cpu::avx2::kernel, &fer::cpu::avx512::kernel)
+  pick(&fer::cpu::baseline::kernel, &fer::cpu::avx2::kernel, &fer::cpu::avx512::kernel)
 #else
 #define FER_PICK(kernel) (&fer::cpu::baseline::kernel)
 #endif
