@@ -36,6 +36,10 @@ def flag(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
 
+def cxx() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
 def say(message: str) -> None:
     print(f"fer_kernels: {message}", file=sys.stderr, flush=True)
 
@@ -89,7 +93,12 @@ def gencode(architecture: str) -> list[str]:
 def max_jobs() -> int:
     """MAX_JOBS, else as many compilers as cores and free memory (3 GB each) allow."""
     if os.environ.get("MAX_JOBS"):
-        return max(1, int(os.environ["MAX_JOBS"]))
+        try:
+            return max(1, int(os.environ["MAX_JOBS"]))
+        except ValueError:
+            raise CompileError(
+                f"fer_kernels: MAX_JOBS must be a number, got {os.environ['MAX_JOBS']!r}"
+            ) from None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -138,7 +147,7 @@ class NinjaBuild(build_ext):
         if flag("FER_KERNELS_SKIP_CPU"):
             self.leave_out("cpu", "FER_KERNELS_SKIP_CPU was set when it was installed")
             return False
-        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        compiler = cxx()
         if shutil.which(compiler[0]) is None:
             raise CompileError(
                 f"fer_kernels: no C++ compiler: looked for {compiler[0]!r} (CXX names another). Install one "
@@ -160,6 +169,8 @@ class NinjaBuild(build_ext):
 
         rest = "The reference, cpu and triton backends work without it"
         if flag("FER_KERNELS_SKIP_CUDA"):
+            if flag("FORCE_CUDA"):
+                raise CompileError("fer_kernels: FORCE_CUDA and FER_KERNELS_SKIP_CUDA contradict each other")
             self.leave_out("cuda", "FER_KERNELS_SKIP_CUDA was set when it was installed")
             return False
         home, looked = find_cuda_home()
@@ -189,7 +200,7 @@ class NinjaBuild(build_ext):
 
     def build_cuda(self, home: Path) -> None:
         wanted = architectures()
-        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        compiler = cxx()
         nvcc = home / "bin" / "nvcc"
         self.info["nvcc"] = first_line([str(nvcc), "--version"], -1)
         self.info["cuda_home"] = str(home)
@@ -217,9 +228,10 @@ class NinjaBuild(build_ext):
         return out, source, [*command, "-MD", "-MF", f"{out}.d", "-c", str(source), "-o", str(out)]
 
     def kernel_object(self, compiler: list[str], source: Path, isa: str, flags: list[str]):
-        # gcc's own AVX-512 headers may be uninitialized, it says.
-        common = "-std=c++20 -O3 -ffp-contract=fast -fPIC -fvisibility=hidden -Wall -Wno-maybe-uninitialized"
-        return self.compile([*compiler, *common.split(), *flags, f"-I{CSRC / 'include'}"], source, isa)
+        common = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wall"]
+        # What gcc says of its own AVX-512 headers.
+        common += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+        return self.compile([*compiler, *common, *flags, f"-I{CSRC / 'include'}"], source, isa)
 
     def host_object(self, compiler: list[str], source: Path, flags: list[str]):
         try:

@@ -27,7 +27,7 @@ EXAMPLES = {
   python -m benchmarks verify --op knn --dtype bfloat16 --device cuda""",
     "report": """example:
   python -m benchmarks report benchmarks/results/knn-*.csv
-  python -m benchmarks report benchmarks/results/*.csv --update docs/benchmarks.md""",
+  python -m benchmarks report --update README.md""",
 }
 
 
@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "report", help=text, description=text + ".", epilog=EXAMPLES["report"], formatter_class=raw
     )
-    command.add_argument("csv", nargs="+", type=Path, metavar="CSV")
+    command.add_argument(
+        "csv", nargs="*", type=Path, metavar="CSV", help="default: all of benchmarks/results"
+    )
     command.add_argument(
         "--update",
         type=Path,
@@ -201,7 +203,7 @@ def _progress(number: int, total: int, case: Case, start: float) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    files = {path.stem: load_csv(path) for path in arguments.csv}
+    files = {path.stem: load_csv(path) for path in arguments.csv or sorted(RESULTS.glob("*.csv"))}
     rows = [row for of_file in files.values() for row in of_file]
     if arguments.update is None:
         print(report.brief(rows) if arguments.brief else report.render(rows), end="")
@@ -220,12 +222,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.command == "report":
-        return _report(arguments)
+        try:
+            return _report(arguments)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device")
     if arguments.threads is not None:
+        if arguments.threads < 1:
+            parser.error(f"--threads must be at least 1, got {arguments.threads}")
         torch.set_num_threads(arguments.threads)
+    if getattr(arguments, "csv", None) is not None and arguments.csv.exists():
+        try:
+            load_csv(arguments.csv)  # before anything is measured that could then not be saved
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     selected = _selected(parser, arguments, device)
     budget = getattr(arguments, "budget", None) or (QUICK_BUDGET if arguments.quick else BUDGET)
     session = runner.Session.start(device, arguments.quick, budget)

@@ -39,6 +39,8 @@ def floating_nodes(function: str, name: str, tensor: Any) -> None:
 def dense_tensor(function: str, name: str, tensor: Any) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise TypeError(f"{function}: {name} must be a dense tensor, got a nested one")
     if tensor.layout != torch.strided:
         raise TypeError(f"{function}: {name} must be a dense tensor, got layout {tensor.layout}")
 

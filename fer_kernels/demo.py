@@ -136,6 +136,15 @@ def parse_patch(text: str) -> int:
     return row * GRID + column
 
 
+def between(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not (text.isdecimal() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m fer_kernels.demo",
@@ -151,8 +160,13 @@ def main(argv: list[str] | None = None) -> None:
         help="default: 10,5, a corner of the mouth",
     )
     parser.add_argument("--out", type=Path, default=Path("fer_demo.png"), help="default: fer_demo.png")
-    parser.add_argument("-k", type=int, default=9, help="neighbours a patch (default: 9)")
-    parser.add_argument("--batch", type=int, default=32, help="pictures a batch in the timing (default: 32)")
+    parser.add_argument("-k", type=between(1, 64), default=9, help="neighbours a patch, 1 to 64 (default: 9)")
+    parser.add_argument(
+        "--batch",
+        type=between(1, 1024),
+        default=32,
+        help="pictures a batch in the timing, 1 to 1024 (default: 32)",
+    )
     arguments = parser.parse_args(argv)
     try:
         from PIL import Image
@@ -163,8 +177,12 @@ def main(argv: list[str] | None = None) -> None:
     nodes = patch_features(picture)
     panels = []
     for dilation in (1, 2):
-        idx = fer_kernels.dilated_knn(nodes, k=arguments.k, dilation=dilation)
-        title = f"the {arguments.k} nearest patches, itself first; dilation {dilation}"
+        try:
+            idx = fer_kernels.dilated_knn(nodes, k=arguments.k, dilation=dilation)
+        except (ValueError, RuntimeError) as error:  # FER_KERNELS_BACKEND names one that cannot run here
+            sys.exit(f"demo: {error}")
+        nearest = "the nearest" if dilation == 1 else f"every second of the {2 * arguments.k} nearest"
+        title = f"a patch (red) and its {arguments.k} neighbours: {nearest}"
         panels.append(draw_graph(picture, idx[0, arguments.patch], arguments.patch, title))
     sheet = Image.new("RGB", (sum(p.width for p in panels) + 8, panels[0].height), (250, 250, 250))
     sheet.paste(panels[0], (0, 0))
@@ -186,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
         f"graph of {arguments.batch} pictures of {GRID * GRID} patches, 192 channels, "
         f"k={arguments.k}, dilation=2,"
     )
-    print(f"on {torch.get_num_threads()} threads:")
+    print(f"on {torch.get_num_threads()} thread(s):")
     for name, taken in zip(["plain PyTorch", *(f"fer_kernels {b}" for b in backends)], times, strict=True):
         print(f"  {name:24} {taken:8.2f} ms   {times[0] / taken:5.1f}x")
     print(f"one patch and its neighbours: {arguments.out.resolve()}")

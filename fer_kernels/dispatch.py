@@ -44,7 +44,8 @@ _LIBRARY = torch.library.Library("fer_kernels", "DEF")
 
 
 class _Requested(threading.local):  # torch.compile guards on these; on a ContextVar only from 2.15
-    backend: str = os.environ.get("FER_KERNELS_BACKEND", "auto")
+    def __init__(self) -> None:  # a class attribute would hide a later change from those guards
+        self.backend = os.environ.get("FER_KERNELS_BACKEND") or "auto"
 
 
 _requested = _Requested()
@@ -79,8 +80,9 @@ class Operator:
 
     def choose(self, backend: str, *tensors: torch.Tensor | None) -> Any:
         """The registered operator for this call: the fastest that takes it, or the one asked for."""
+        origin = "backend"
         if backend == "auto":
-            backend = _requested.backend
+            backend, origin = _requested.backend, "use_backend or FER_KERNELS_BACKEND"
         if backend == "auto":
             for candidate in ("cpu", "cuda", "triton"):
                 proved = candidate == "cpu" or (self.name, candidate) in PROVED_ON
@@ -89,7 +91,7 @@ class Operator:
                 if proved and not interpreted and not self.not_supported_reasons(candidate, *tensors):
                     return self.registered[candidate]
             return self.registered["reference"]
-        check_backend_name(backend)
+        check_backend_name(backend, origin)
         reasons = self.not_supported_reasons(backend, *tensors)
         if reasons:
             raise RuntimeError(
@@ -117,11 +119,10 @@ def platform_problems(backend: str) -> list[str]:
     return [problem] if problem else []
 
 
-def check_backend_name(backend: str) -> None:
+def check_backend_name(backend: str, origin: str) -> None:
     if backend not in BACKENDS:
-        raise ValueError(
-            f"unknown backend {backend!r}: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}"
-        )
+        known = ", ".join(map(repr, BACKENDS))
+        raise ValueError(f"{origin}: unknown backend {backend!r}: expected 'auto' or one of {known}")
 
 
 @contextlib.contextmanager
@@ -129,10 +130,11 @@ def use_backend(backend: str) -> Iterator[None]:
     """Within the block, every operator that this thread calls with ``backend="auto"`` runs on this backend.
 
     ``"auto"`` restores the free choice. An operator that the backend cannot run raises and says why.
+    The choice belongs to the thread, so leave the block before an ``await`` or a ``yield``.
     The process-wide default is the environment variable FER_KERNELS_BACKEND, read at import.
     """
     if backend != "auto":
-        check_backend_name(backend)
+        check_backend_name(backend, "use_backend")
     before = _requested.backend
     _requested.backend = backend
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 import fer_kernels
 
 from . import dispatch, extension
+
+GPU_BACKENDS = ("triton", "cuda")
 
 
 def collect() -> dict[str, Any]:
@@ -37,6 +40,9 @@ def collect() -> dict[str, Any]:
             "instruction sets": cpu.supported_isas() if cpu else [],
             "in use": cpu.current_isa() if cpu else None,
             "threads": torch.get_num_threads(),
+        },
+        "environment": {
+            name: os.environ[name] for name in sorted(os.environ) if name.startswith("FER_KERNELS_")
         },
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "operators": {name: _operator(name) for name in sorted(dispatch.OPERATORS)},
@@ -61,7 +67,9 @@ def _operator(name: str) -> dict[str, Any]:
         result[backend] = {
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in dtypes],
             "missing because": dispatch.missing_reasons(backend),
-            "passed its tests on": dispatch.PROVED_ON.get((name, backend)),
+            "passed its tests on": dispatch.PROVED_ON.get(
+                (name, backend), None if backend in GPU_BACKENDS else "CPU, in CI"
+            ),
         }
     return result
 
@@ -74,13 +82,14 @@ def readable(info: dict[str, Any]) -> str:
         lines += _section("cuda build", info["cuda build"])
     lines += _section("cpu", info["cpu"])
     lines += ["", "  gpus", *(f"    {gpu}" for gpu in info["gpus"] or ["none"])]
+    lines += _section("environment", info["environment"] or {"": "no FER_KERNELS_ variable is set"})
     for name, backends in info["operators"].items():
         lines += ["", f"  operator {name}"]
         for backend, state in backends.items():
             reasons = state["missing because"]
             lines.append(f"    {backend:10} {'no' if reasons else 'yes':4} {', '.join(state['dtypes'])}")
             lines += [f"{'':16}because {reason}" for reason in reasons]
-            if backend in ("triton", "cuda"):
+            if backend in GPU_BACKENDS:
                 proved = state["passed its tests on"] or "no GPU yet, so 'auto' does not choose it"
                 lines.append(f"{'':16}passed its tests on {proved}")
     return "\n".join(lines)
@@ -103,9 +112,7 @@ def markdown(info: dict[str, Any]) -> str:
     for name, backends in info["operators"].items():
         for backend, state in backends.items():
             marks = ["yes" if dtype in state["dtypes"] else "" for dtype in dtypes]
-            proved = state["passed its tests on"] or (
-                "no GPU yet" if backend in ("triton", "cuda") else "CPU, in CI"
-            )
+            proved = state["passed its tests on"] or "no GPU yet"
             rows.append(f"| {name} | {backend} | {' | '.join(marks)} | {proved} |")
     return "\n".join(rows)
 

@@ -41,11 +41,12 @@ inline std::tuple<KnnTensors, KnnCall> knn_call(
     bool allow_tf32) {
   STD_TORCH_CHECK(x.dim() == 3, "knn: x must be (B, N, C)");
   const int64_t batch = x.size(0), queries = x.size(1), channels = x.size(2);
-  const int64_t keys = y ? y->size(1) : queries;
   STD_TORCH_CHECK(
       !y || (y->dim() == 3 && y->size(0) == batch && y->size(2) == channels && y->scalar_type() == x.scalar_type() &&
              y->device() == x.device()),
       "knn: y must be (B, M, C) of x's dtype and device");
+  const int64_t keys = y ? y->size(1) : queries;
+  STD_TORCH_CHECK(keys <= INT32_MAX, "knn: at most ", INT32_MAX, " keys");
   STD_TORCH_CHECK(k >= 1 && dilation >= 1 && k <= kMaxNeighbours && dilation <= kMaxNeighbours &&
                       k * dilation <= kMaxNeighbours,
                   "knn: k * dilation must lie between 1 and ", kMaxNeighbours, ", got k=", k, ", dilation=", dilation);
@@ -75,7 +76,9 @@ inline std::tuple<KnnTensors, KnnCall> knn_call(
     call.bias_dtype = to_dtype(bias->scalar_type());
   }
   if (ranks) {
-    STD_TORCH_CHECK(ranks->dim() == 1 && ranks->size(0) == k, "knn: ranks must be (k,)");
+    STD_TORCH_CHECK(ranks->dim() == 1 && ranks->size(0) == k &&
+                        (ranks->scalar_type() == ScalarType::Int || ranks->scalar_type() == ScalarType::Long),
+                    "knn: ranks must be an int32 or int64 (k,)");
     t.ranks = torch::stable::contiguous(torch::stable::to(*ranks, ScalarType::Long, std::nullopt, x.device()));
     call.ranks = static_cast<const int64_t*>(t.ranks->const_data_ptr());
   }

@@ -74,6 +74,11 @@ Scale<A> row_scale(const T* row, int64_t channels, bool normalize) {
   A square = total<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (; c < channels; ++c) square += widen<A>(row[c]) * widen<A>(row[c]);
   A inverse = normalize ? A(1) / std::max(std::sqrt(square), A(1e-12)) : A(1);
+  if (normalize && square < A(1e-24)) {  // squares so small may have been lost before the scale lifts them
+    square = 0;
+    for (c = 0; c < channels; ++c) square += (widen<A>(row[c]) * inverse) * (widen<A>(row[c]) * inverse);
+    return {inverse, square};
+  }
   if (!std::isfinite(square)) inverse = std::numeric_limits<A>::quiet_NaN();
   return {inverse, square * inverse * inverse};
 }
@@ -132,7 +137,6 @@ struct Tile {
   const A* keys;        // packed [channels][V * lanes]
   const A* key_square;  // |ŷ|²
   int64_t channels;
-  const A* factor;  // a row's -2 / |x|
   A* distances;     // [rows][kSweep]
 };
 
@@ -153,7 +157,7 @@ void distances_tile(const Tile<A>& t) {
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v)
       store(t.distances + r * kSweep + v * kLanes<A>,
-            load(t.key_square + v * kLanes<A>) + splat(t.factor[r]) * sums[r][v]);
+            load(t.key_square + v * kLanes<A>) - A(2) * sums[r][v]);
 }
 
 template <class A, int V>
@@ -352,18 +356,17 @@ class Worker {
   // Rows [row, row + count) against keys [block, block_end).
   void tile(int64_t b, int64_t row, int count, int64_t block, int64_t block_end, int64_t kept_row) {
     const T* from[kPackedRows];
-    A factor[kPackedRows], square[kPackedRows];
+    A scale[kPackedRows], square[kPackedRows];
     point_at(static_cast<const T*>(call_.x) + (b * call_.queries + row) * call_.channels, count, kPackedRows, from);
     const bool known = one_block_ && !call_.y;  // these rows were keys a moment ago
+    std::fill_n(scale, kPackedRows, A(1));
     for (int r = 0; r < count; ++r) {
-      const Scale<A> scale = known ? Scale<A>{key_scale_[row + r], key_square_[row + r]}
+      const Scale<A> of_row = known ? Scale<A>{key_scale_[row + r], key_square_[row + r]}
                                    : row_scale<A>(from[r], call_.channels, call_.normalize);
-      factor[r] = -2 * scale.inverse_norm;
-      square[r] = scale.square;
+      scale[r] = of_row.inverse_norm;
+      square[r] = of_row.square;
     }
-    A one[kPackedRows];
-    std::fill_n(one, kPackedRows, A(1));
-    pack<A>(from, one, call_.channels, kPackedRows, packed_queries_.get());
+    pack<A>(from, scale, call_.channels, kPackedRows, packed_queries_.get());
 
     // Where one sweep holds all keys, a row is finished from the buffer and nothing is kept.
     const bool single = one_block_ && call_.keys <= kSweep;
@@ -374,7 +377,7 @@ class Worker {
 
     for (int64_t j = block; j < block_end; j += kSweep) {
       const int width = static_cast<int>(std::min<int64_t>(kSweep, block_end - j));
-      sweep_distances(j - block, width, count, factor);
+      sweep_distances(j - block, width, count);
       for (int r = 0; r < count; ++r) {
         A* d = distances_.get() + r * kSweep;
         if (call_.bias) add_bias(d, b, row + r, j, width);
@@ -400,10 +403,10 @@ class Worker {
     }
   }
 
-  void sweep_distances(int64_t first, int width, int rows, const A* factor) {
+  void sweep_distances(int64_t first, int width, int rows) {
     for (int j = 0; j < width; j += kPanel) {
       const Tile<A> t{packed_queries_.get(), packed_keys_.get() + (first + j) * call_.channels,
-                      key_square_.get() + first + j, call_.channels, factor, distances_.get() + j};
+                      key_square_.get() + first + j, call_.channels, distances_.get() + j};
       if (panel_width(width - j) == kPanel)
         distances_tile<A, 2>(t, rows);
       else

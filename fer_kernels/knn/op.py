@@ -25,6 +25,10 @@ OPERATOR = dispatch.Operator(
 
 
 def _fake(x, y, bias, ranks, k, dilation, normalize, return_distance, allow_tf32):
+    for other in (y, bias):
+        torch._check(
+            other is None or other.device == x.device, lambda: "knn: x, y and bias on several devices"
+        )
     shape = (x.shape[0], x.shape[1], k)
     idx = x.new_empty(shape, dtype=torch.int64)
     dist = x.new_empty(
@@ -89,6 +93,21 @@ def dilated_knn(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def dilated_knn(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    k: int,
+    dilation: int = 1,
+    bias: Tensor | None = None,
+    ranks: Tensor | None = None,
+    normalize: bool = True,
+    return_distance: bool,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def dilated_knn(
     x: Tensor,
     y: Tensor | None = None,
@@ -126,18 +145,26 @@ def dilated_knn(
         (float64 for float64 input). Both carry no gradient. A distance may be negative by rounding.
 
     Ties go to the lowest index and NaN distances come last, in index order, on every backend alike. A row
-    whose squared norm is NaN or infinite has NaN distances. Sums are accumulated in float32 (float64
-    for float64); float32 products on a GPU use TF32 only where
-    torch.get_float32_matmul_precision() allows it. Results are bitwise reproducible; apart from the
-    reference, no backend stores an N x M matrix. An empty batch or N = 0 gives empty results.
+    whose squared norm is NaN or infinite has NaN distances; without normalize, squared norms above 1e38 may
+    overflow. GPU backends may take rows of norm below 1e-19 for zero. Sums are accumulated in float32
+    (float64 for float64); float32 products on a GPU use TF32 only where torch.set_float32_matmul_precision
+    or torch.backends.cuda.matmul allows it. Results are bitwise reproducible; apart from the reference, no
+    backend stores an N x M matrix. An empty batch or N = 0 gives empty results.
     """
     _check(x, y, k, dilation, bias, ranks, normalize, return_distance)
     if bias is not None:
         bias = bias.reshape((1,) * (3 - bias.dim()) + bias.shape)
     run = OPERATOR.choose(backend, x)
-    allow_tf32 = x.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    allow_tf32 = x.device.type == "cuda" and _tf32_is_allowed()
     idx, dist = run(x, y, bias, ranks, k, dilation, normalize, return_distance, allow_tf32)
     return (idx, dist) if return_distance else idx
+
+
+def _tf32_is_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # Two ways to read one setting: torch.compile traces and guards the first alone; the first
+    # raises where the user has set the second.
+    return matmul.allow_tf32 if torch.compiler.is_compiling() else matmul.fp32_precision == "tf32"
 
 
 def _check(x, y, k, dilation, bias, ranks, normalize, return_distance) -> None:
@@ -195,8 +222,10 @@ def _check_ranks(here: str, x: Tensor, k: int, dilation: int, ranks: Tensor) -> 
         raise ValueError(f"{here}: ranks must be ({k},), one position a neighbour, got {checks.shape(ranks)}")
     if ranks.device.type != "cpu":
         checks.same_device(here, "ranks", ranks, "x", x)
-    # Values are out of reach while tracing; the CPU kernels look again, GPU kernels clamp.
-    if not torch.compiler.is_compiling() and (ranks.device.type == "cpu" or dispatch.CHECK_VALUES):
+    # Values are out of reach while tracing, and so are those of a fake tensor, a subclass. The CPU
+    # kernels look again, GPU kernels clamp.
+    traced = torch.compiler.is_compiling() or type(ranks) is not Tensor
+    if not traced and (ranks.device.type == "cpu" or dispatch.CHECK_VALUES):
         check_rank_values(ranks.tolist(), k, dilation)
 
 
