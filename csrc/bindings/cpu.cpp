@@ -6,7 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "common.h"
+#include "bindings/knn.h"
+#include "bindings/relation.h"
 #include "cpu/kernels.h"
 
 namespace {

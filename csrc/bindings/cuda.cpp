@@ -10,7 +10,8 @@
 #include <string>
 #include <tuple>
 
-#include "common.h"
+#include "bindings/knn.h"
+#include "bindings/relation.h"
 #include "cuda/kernels.h"
 
 #ifndef FER_CUDA_ARCHS

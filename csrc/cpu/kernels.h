@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "fer/knn.h"
+#include "fer/relation.h"
 
 namespace fer::cpu {
 
@@ -11,6 +12,10 @@ namespace fer::cpu {
   namespace isa {                                                             \
   /* Rows [begin, end) of the B * N queries. */                               \
   void knn(const KnnCall& call, int64_t begin, int64_t end);                  \
+  /* Units [begin, end) of relation_units(). */                               \
+  void relation(const RelationForward& call, int64_t begin, int64_t end);     \
+  /* Units [begin, end) of relation_backward_units(); sums of da by unit. */  \
+  void relation_backward(const RelationBackward& call, void* da_parts, int64_t begin, int64_t end); \
   }
 
 FER_DECLARE_KERNELS(baseline)

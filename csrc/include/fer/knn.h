@@ -3,9 +3,9 @@
 #pragma once
 #include <cstdint>
 
-namespace fer {
+#include "fer/dtype.h"
 
-enum class Dtype : int { f32, f64, bf16, f16 };
+namespace fer {
 
 constexpr int kMaxNeighbours = 128;  // the largest k * dilation
 
