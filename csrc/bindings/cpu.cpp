@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
+#include <mutex>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -12,6 +14,7 @@
 
 namespace {
 
+using fer::bindings::ScalarType;
 using fer::bindings::Tensor;
 
 enum class Isa : int { baseline, avx2, avx512 };
@@ -78,7 +81,91 @@ std::tuple<Tensor, Tensor> knn(const Tensor& x, std::optional<Tensor> y, std::op
   return {tensors.idx, tensors.dist};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fer_kernels, CPU, m) { m.impl("knn", TORCH_BOX(&knn)); }
+// Kernels trust the indices, so every call looks at all of them first.
+void check_indices(const int64_t* idx, int64_t count, int64_t keys) {
+  const auto bounds = FER_PICK(index_bounds);
+  std::mutex mutex;
+  int64_t low = INT64_MAX, high = INT64_MIN;
+  torch::stable::parallel_for(0, count, 1 << 16, [&](int64_t begin, int64_t end) {
+    int64_t least, most;
+    bounds(idx + begin, end - begin, &least, &most);
+    const std::lock_guard<std::mutex> lock(mutex);
+    low = std::min(low, least), high = std::max(high, most);
+  });
+  STD_TORCH_CHECK(count == 0 || (low >= 0 && high < keys), "relation_aggregate: idx must lie in [0, M) with M = ", keys,
+                  ", but idx holds values from ", low, " to ", high);
+}
+
+// Units worth waking a thread for: about a tenth of a millisecond.
+int64_t relation_grain(const fer::RelationCall& call, int64_t units) {
+  const int64_t edges = call.batch * call.queries * call.k;
+  const int64_t work = edges * (call.channels + call.heads * (call.width + 16));
+  return std::max<int64_t>(1, 500'000 / std::max<int64_t>(1, work / std::max<int64_t>(1, units)));
+}
+
+std::tuple<Tensor, Tensor, Tensor> relation(const Tensor& x, const Tensor& idx, std::optional<Tensor> y,
+                                            std::optional<Tensor> p, std::optional<Tensor> q, std::optional<Tensor> a,
+                                            std::optional<Tensor> reverse, int64_t mode, double negative_slope,
+                                            bool return_weights, bool save_slots) {
+  const auto call = fer::bindings::relation_forward(x, idx, y, p, q, a, mode, negative_slope, return_weights, save_slots);
+  check_indices(call.idx, call.batch * call.queries * call.k, call.keys);
+  const auto kernel = FER_PICK(relation);
+  const int64_t units = FER_PICK(relation_units)(call);
+  torch::stable::parallel_for(0, units, relation_grain(call, units),
+                              [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  return {call.out_tensor, call.weights_tensor, call.slots_tensor};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relation_backward(
+    const Tensor& grad, std::optional<Tensor> grad_weights, std::optional<Tensor> x, const Tensor& idx,
+    std::optional<Tensor> y, std::optional<Tensor> p, std::optional<Tensor> q, std::optional<Tensor> a,
+    std::optional<Tensor> slots, std::optional<Tensor> reverse, int64_t keys, bool own_keys, int64_t mode,
+    double negative_slope, bool need_nodes, bool need_relation) {
+  const auto call = fer::bindings::relation_backward(grad, grad_weights, x, idx, y, p, q, a, slots, keys, own_keys, mode,
+                                                     negative_slope, need_nodes, need_relation);
+  check_indices(call.idx, call.batch * call.queries * call.k, call.keys);
+  const auto kernel = FER_PICK(relation_backward);
+  const int64_t units = FER_PICK(relation_backward_units)(call);
+  std::vector<double> da_parts(need_relation ? units * call.width : 0);
+  torch::stable::parallel_for(0, units, relation_grain(call, units), [&](int64_t begin, int64_t end) {
+    kernel(call, da_parts.data(), begin, end);
+  });
+  if (need_relation) FER_PICK(relation_sum_parts)(call, da_parts.data());
+  return {call.dx_tensor, call.dy_tensor, call.dp_tensor, call.dq_tensor, call.da_tensor};
+}
+
+// A counting sort by key: edges of one key keep their order.
+Tensor relation_reverse(const Tensor& idx, int64_t keys) {
+  STD_TORCH_CHECK(idx.dim() == 3 && idx.scalar_type() == ScalarType::Long && keys >= 0,
+                  "relation: idx must be an int64 (B, N, k)");
+  const Tensor from = torch::stable::contiguous(idx);
+  const int64_t batch = idx.size(0), edges = idx.size(1) * idx.size(2);
+  STD_TORCH_CHECK(keys <= INT32_MAX && edges <= INT32_MAX, "relation: too many keys or edges");
+  const int64_t* data = static_cast<const int64_t*>(from.const_data_ptr());
+  check_indices(data, batch * edges, keys);
+  const Tensor reverse = torch::stable::new_empty(idx, {batch, keys + 1 + edges}, ScalarType::Int);
+  int32_t* out = static_cast<int32_t*>(reverse.mutable_data_ptr());
+  torch::stable::parallel_for(0, batch, std::max<int64_t>(1, 30'000 / std::max<int64_t>(1, edges)), [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> next(keys);
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t* key = data + b * edges;
+      int32_t* offsets = out + b * (keys + 1 + edges);
+      std::fill_n(offsets, keys + 1, 0);
+      for (int64_t e = 0; e < edges; ++e) ++offsets[key[e] + 1];
+      std::partial_sum(offsets, offsets + keys + 1, offsets);
+      std::copy_n(offsets, keys, next.begin());
+      for (int64_t e = 0; e < edges; ++e) offsets[keys + 1 + next[key[e]]++] = static_cast<int32_t>(e);
+    }
+  });
+  return reverse;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fer_kernels, CPU, m) {
+  m.impl("knn", TORCH_BOX(&knn));
+  m.impl("relation", TORCH_BOX(&relation));
+  m.impl("relation_backward", TORCH_BOX(&relation_backward));
+  m.impl("relation_reverse", TORCH_BOX(&relation_reverse));
+}
 
 }  // namespace
 

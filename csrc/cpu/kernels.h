@@ -8,14 +8,19 @@
 
 namespace fer::cpu {
 
-#define FER_DECLARE_KERNELS(isa)                                              \
-  namespace isa {                                                             \
-  /* Rows [begin, end) of the B * N queries. */                               \
-  void knn(const KnnCall& call, int64_t begin, int64_t end);                  \
-  /* Units [begin, end) of relation_units(). */                               \
-  void relation(const RelationForward& call, int64_t begin, int64_t end);     \
-  /* Units [begin, end) of relation_backward_units(); sums of da by unit. */  \
-  void relation_backward(const RelationBackward& call, void* da_parts, int64_t begin, int64_t end); \
+#define FER_DECLARE_KERNELS(isa)                                                                      \
+  namespace isa {                                                                                     \
+  /* Rows [begin, end) of the B * N queries. */                                                       \
+  void knn(const KnnCall& call, int64_t begin, int64_t end);                                          \
+  /* Least and largest of `count` indices; INT64_MAX and INT64_MIN of none. */                        \
+  void index_bounds(const int64_t* idx, int64_t count, int64_t* low, int64_t* high);                  \
+  /* Units [begin, end) of relation_units(call). */                                                   \
+  int64_t relation_units(const RelationForward& call);                                                \
+  void relation(const RelationForward& call, int64_t begin, int64_t end);                             \
+  /* Units [begin, end); da_parts takes R / H numbers of every unit, to be summed once all are done. */ \
+  int64_t relation_backward_units(const RelationBackward& call);                                      \
+  void relation_backward(const RelationBackward& call, double* da_parts, int64_t begin, int64_t end); \
+  void relation_sum_parts(const RelationBackward& call, const double* da_parts);                      \
   }
 
 FER_DECLARE_KERNELS(baseline)

@@ -14,7 +14,6 @@
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <new>
 #include <utility>
 
 #include "simd.h"
@@ -28,17 +27,6 @@ constexpr int kSweep = 256;                             // keys between two look
 constexpr int kCandidates = kSweep + kMaxNeighbours + 16;
 constexpr int64_t kBlockBytes = 640 << 10;  // packed keys a thread holds at once: most of a level-2 cache
 constexpr int64_t kRowsAtOnce = 16 * kRows;  // rows that share a packed block where the keys take several
-
-template <class T>
-struct AlignedDelete {
-  void operator()(T* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], AlignedDelete<T>>;
-template <class T>
-Buffer<T> allocate(int64_t count) {
-  return Buffer<T>(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t(64))));
-}
 
 // Distances stay floats until a rank is counted; as signed integers they have a total order:
 // -0 equals +0 and every NaN is the largest.

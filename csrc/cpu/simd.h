@@ -3,8 +3,12 @@
 // are compiled several times, and a shared inline function would let the linker keep one copy,
 // possibly one that this processor cannot run.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <new>
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX512F__)
@@ -20,8 +24,6 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-
-#include "fer/knn.h"
 
 namespace fer::cpu::FER_ISA {
 namespace {
@@ -48,6 +50,17 @@ inline void store(T* to, Vec<T> v) {
 template <class T>
 inline Vec<T> splat(T value) {
   return value - Vec<T>{};  // not 0 + value: the compiler must keep that, it turns -0 into +0
+}
+
+template <class T>
+struct AlignedDelete {
+  void operator()(T* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], AlignedDelete<T>>;
+template <class T>
+Buffer<T> allocate(int64_t count) {
+  return Buffer<T>(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t(64))));
 }
 
 // a < b ? a : b in every lane, that is b where either is NaN.
@@ -198,6 +211,46 @@ inline uint32_t below_or_nan<double>(Vec<double> d, Vec<double> bound) {
 }
 #endif
 
+// Lane l of the result is the sum of v[l]'s lanes. Overwrites v.
+template <class T, int n = kLanes<T> / 2>
+inline Vec<T> total_of_each(Vec<T>* v) {
+  if constexpr (n == 0) {
+    return v[0];
+  } else {
+    // Lanes whose bit n is clear go on with v[i], the others with v[i + n]; each adds its partner.
+    [&]<int... l>(std::integer_sequence<int, l...>) {
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i)
+        v[i] = __builtin_shufflevector(v[i], v[i + n], (l & n ? l + kLanes<T> : l)...) +
+               __builtin_shufflevector(v[i], v[i + n], (l & n ? (l ^ n) + kLanes<T> : l ^ n)...);
+    }(std::make_integer_sequence<int, kLanes<T>>{});
+    return total_of_each<T, n / 2>(v);
+  }
+}
+
+// e to the x, for x up to 0 (the largest of a softmax is subtracted first), -inf and NaN. Exactly 1 for 0.
+inline Vec<float> exponential(Vec<float> x) {
+  const auto too_small = x < splat(-87.3f);
+  x = too_small ? splat(-87.3f) : x;
+  const Vec<float> shifted = x * splat(1.44269504088896341f) + splat(12582912.0f);  // 1.5 * 2^23: drops the fraction
+  const Vec<float> whole = shifted - splat(12582912.0f);
+  const Vec<float> r = (x - whole * splat(0.693359375f)) + whole * splat(2.12194440e-4f);
+  Vec<float> series = splat(1.9875691500e-4f);
+  series = series * r + splat(1.3981999507e-3f);
+  series = series * r + splat(8.3334519073e-3f);
+  series = series * r + splat(4.1665795894e-2f);
+  series = series * r + splat(1.6666665459e-1f);
+  series = series * r + splat(5.0000001201e-1f);
+  const Vec<float> power = (series * r) * r + (r + splat(1.0f));
+  const Vec<int32_t> exponent = reinterpret_cast<Vec<int32_t>>(shifted) << 23;
+  const Vec<float> scaled = reinterpret_cast<Vec<float>>(reinterpret_cast<Vec<int32_t>>(splat(1.0f)) + exponent) * power;
+  return too_small ? Vec<float>{} : scaled;
+}
+inline Vec<double> exponential(Vec<double> x) {
+  for (int l = 0; l < kLanes<double>; ++l) x[l] = std::exp(x[l]);
+  return x;
+}
+
 // ---- input elements ----
 
 struct BFloat16 {
@@ -288,6 +341,60 @@ inline Pair<float> load_pair_as<float, BFloat16>(const BFloat16* from) {
   Vec<uint32_t> bits;
   std::memcpy(&bits, from, sizeof bits);
   return {reinterpret_cast<Vec<float>>(bits << 16), reinterpret_cast<Vec<float>>(bits & 0xFFFF0000u)};
+}
+
+// ---- output elements: rounded to nearest even, as torch rounds ----
+
+template <class T, class From>
+inline T narrow(From value) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if (value != value) return {0x7FC0};
+    return {static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)};
+  } else if constexpr (std::is_same_v<T, Float16>) {
+#if defined(__F16C__)
+    return {static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT))};
+#else
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
+    bits &= 0x7FFFFFFF;
+    if (bits > 0x7F800000) return {static_cast<uint16_t>(sign | 0x7E00)};
+    if (bits >= 0x47800000) return {static_cast<uint16_t>(sign | 0x7C00)};  // 65536 and more
+    if (bits < 0x38800000) {  // subnormal: adding 0.5 leaves units of 2^-24, rounded by the addition itself
+      float magnitude;
+      std::memcpy(&magnitude, &bits, sizeof magnitude);
+      magnitude += 0.5f;
+      std::memcpy(&bits, &magnitude, sizeof bits);
+      return {static_cast<uint16_t>(sign | (bits - 0x3F000000))};
+    }
+    return {static_cast<uint16_t>(sign | ((bits - 0x38000000 + 0xFFF + ((bits >> 13) & 1)) >> 13))};
+#endif
+  } else {
+    return value;
+  }
+}
+
+// A row of input elements as accumulation type, filled up with zeros to `padded` (a multiple of the lanes).
+template <class To, class From>
+inline void load_row(const From* from, int64_t count, int64_t padded, To* to) {
+  int64_t c = 0;
+  for (; c + kLanes<To> <= count; c += kLanes<To>) store(to + c, load_as<To>(from + c));
+  for (; c < count; ++c) to[c] = widen<To>(from[c]);
+  for (; c < padded; ++c) to[c] = 0;
+}
+
+template <class To, class From>
+inline void store_row(const From* from, int64_t count, To* to) {
+  int64_t c = 0;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<To, Float16>)
+    for (; c + 16 <= count; c += 16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + c),
+                          _mm512_cvtps_ph(_mm512_loadu_ps(from + c), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; c < count; ++c) to[c] = narrow<To>(from[c]);
 }
 
 }  // namespace
