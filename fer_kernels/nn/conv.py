@@ -1,0 +1,564 @@
+"""Graph convolutions of ViG and Face2Nodes on nodes (B, N, C) and neighbours (B, N, k).
+
+Only "mr", "rmr", "rsum" and "both" are fused. The others and "gate" hold edge tensors (B, N, k, C) in plain
+PyTorch: they are there to compare with.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import checks, dispatch
+from ..relation.op import MAX_NEIGHBOURS, relation_aggregate, reverse_graph
+from ..relation.reference import neighbours
+
+Norm = str | Callable[[int], nn.Module] | None
+Act = str | Callable[[], nn.Module] | None
+
+_NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+_ACTS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "leaky_relu": functools.partial(nn.LeakyReLU, 0.2),
+    "silu": nn.SiLU,
+    "hardswish": nn.Hardswish,
+}
+
+
+def interleave(x: Tensor, m: Tensor) -> Tensor:
+    """(..., C) and (..., C) to (..., 2C) as x0, m0, x1, m1, ...: every group of a product sees both."""
+    return torch.stack((x, m), -1).flatten(-2)
+
+
+class GroupedLinear(nn.Module):
+    """A 1 x 1 convolution in groups, channels last: (..., C_in) to (..., C_out).
+
+    Group g makes its C_out / G channels from its C_in / G, like `nn.Conv2d(..., 1, groups=G)`, whose weight
+    (C_out, C_in / G, 1, 1) loads as well. Initialised as in ViG: Kaiming normal, bias 0.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int = 4, bias: bool = True) -> None:
+        super().__init__()
+        here = type(self).__name__
+        _check_channels(here, in_channels, out_channels)
+        checks.positive_int(here, "groups", groups)
+        checks.a_bool(here, "bias", bias)
+        _check_divisible(here, "in_channels", in_channels, "groups", groups)
+        _check_divisible(here, "out_channels", out_channels, "groups", groups)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_channels:
+            raise ValueError(
+                f"{type(self).__name__}: x must be (..., {self.in_channels}), got {checks.shape(x)}"
+            )
+        if self.groups == 1:
+            return F.linear(x, self.weight, self.bias)
+        # One batched product with a group as the batch, on views of both operands.
+        rows = x.flatten(0, -2).unflatten(-1, (self.groups, -1)).transpose(0, 1)
+        weight = self.weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        if self.bias is None:
+            out = torch.bmm(rows, weight)
+        else:
+            out = torch.baddbmm(self.bias.view(self.groups, 1, -1), rows, weight)
+        return out.transpose(0, 1).reshape(*x.shape[:-1], self.out_channels)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        weight = state_dict.get(prefix + "weight")
+        if isinstance(weight, Tensor) and weight.dim() > 2 and weight.shape[2:].numel() == 1:
+            state_dict[prefix + "weight"] = weight.flatten(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        bias = "" if self.bias is not None else ", bias=False"
+        return f"{self.in_channels}, {self.out_channels}, groups={self.groups}{bias}"
+
+
+class Projection(nn.Module):
+    """act(norm(grouped linear)): ViG's BasicConv on (..., C_in), with the norm over channels of all rows.
+
+    Args:
+        in_channels, out_channels: divisible by `groups`.
+        groups: of the linear part.
+        bias: of the linear part.
+        norm: "batch", "layer", None, or a function from a channel count to a module that takes (rows, C).
+        act: "gelu", "relu", "leaky_relu", "silu", "hardswish", None, or a function that makes a module.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        groups: int = 4,
+        bias: bool = True,
+        norm: Norm = "batch",
+        act: Act = "gelu",
+    ) -> None:
+        super().__init__()
+        here = type(self).__name__
+        self.linear = GroupedLinear(in_channels, out_channels, groups, bias)
+        make_norm, make_act = _look_up(here, "norm", norm, _NORMS), _look_up(here, "act", act, _ACTS)
+        self.norm = nn.Identity() if make_norm is None else make_norm(out_channels)
+        self.act = nn.Identity() if make_act is None else make_act()
+
+    def forward(self, x: Tensor, also: Tensor | None = None) -> Tensor:
+        """x (..., C_in) to (..., C_out); `also` (..., C_out) is added before the norm."""
+        x = self.linear(x)
+        if also is not None:
+            x = x + also
+        # Rows, because BatchNorm takes channels second in anything of more than two dimensions.
+        return self.act(self.norm(x.flatten(0, -2)).reshape(x.shape))
+
+
+class _GraphConv(nn.Module):
+    """What all graph convolutions share: their channels and the checks of their inputs."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        _check_channels(type(self).__name__, in_channels, out_channels)
+        self.in_channels, self.out_channels = in_channels, out_channels
+
+    def _project(self, in_channels: int, out_channels: int, groups: int, **options: Any) -> Projection:
+        """The projection, with errors in terms of this module's own arguments."""
+        here = type(self).__name__
+        checks.positive_int(here, "groups", groups)
+        name = {self.in_channels: "in_channels", 2 * self.in_channels: "2 * in_channels"}[in_channels]
+        _check_divisible(here, name, in_channels, "groups", groups)
+        _check_divisible(here, "out_channels", out_channels, "groups", groups)
+        return Projection(in_channels, out_channels, groups=groups, **options)
+
+    def _checked(self, x: Tensor, idx: Tensor, y: Tensor | None, values: bool) -> tuple[Tensor, Tensor]:
+        """idx as int64, and the keys. `values`: check that idx lies within the keys, as the operators do."""
+        here, channels = type(self).__name__, self.in_channels
+        checks.floating_nodes(here, "x", x)
+        if x.shape[2] != channels:
+            raise ValueError(
+                f"{here}: x must be (B, N, C) with C = in_channels = {channels}, got {checks.shape(x)}"
+            )
+        checks.dense_tensor(here, "idx", idx)
+        if idx.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{here}: idx must be int64 or int32, got {idx.dtype}")
+        checks.same_device(here, "idx", idx, "x", x)
+        if idx.dim() != 3 or idx.shape[0] != x.shape[0] or idx.shape[1] != x.shape[1]:
+            raise ValueError(
+                f"{here}: idx must be (B, N, k) with B = {x.shape[0]} and N = {x.shape[1]} "
+                f"as in x {checks.shape(x)}, got {checks.shape(idx)}"
+            )
+        if not 1 <= idx.shape[2] <= MAX_NEIGHBOURS:
+            raise ValueError(
+                f"{here}: k must lie between 1 and {MAX_NEIGHBOURS}, got {idx.shape[2]} "
+                f"(idx: {checks.shape(idx)})"
+            )
+        if y is not None:
+            checks.floating_nodes(here, "y", y)
+            if y.dtype != x.dtype:
+                raise TypeError(f"{here}: y must have x's dtype {x.dtype}, got {y.dtype}")
+            checks.same_device(here, "y", y, "x", x)
+            if y.shape[0] != x.shape[0] or y.shape[2] != channels:
+                raise ValueError(
+                    f"{here}: y must be (B, M, C) with B = {x.shape[0]} and C = {channels} "
+                    f"as in x {checks.shape(x)}, got {checks.shape(y)}"
+                )
+        keys = x if y is None else y
+        traced = torch.compiler.is_compiling() or type(idx) is not Tensor
+        if values and not traced and idx.numel() and (idx.device.type == "cpu" or dispatch.CHECK_VALUES):
+            low, high = (int(bound) for bound in torch.aminmax(idx))
+            if low < 0 or high >= keys.shape[1]:
+                raise RuntimeError(
+                    f"{here}: idx must lie in [0, M) with M = {keys.shape[1]}, "
+                    f"but idx holds values from {low} to {high}"
+                )
+        return idx.long(), keys
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}"
+
+
+class MaxRelativeConv(_GraphConv):
+    """ViG's graph convolution: m_i = max_j (y_j - x_i), then act(norm(W interleave(x_i, m_i))).
+
+    Args:
+        in_channels: C; 2C is divisible by `groups`.
+        out_channels: divisible by `groups`; ViG takes 2C.
+        groups, bias, norm, act: of the `Projection`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        groups: int = 4,
+        bias: bool = True,
+        norm: Norm = "batch",
+        act: Act = "gelu",
+    ) -> None:
+        super().__init__(in_channels, out_channels)
+        self.projection = self._project(2 * in_channels, out_channels, groups, bias=bias, norm=norm, act=act)
+
+    def forward(
+        self, x: Tensor, idx: Tensor, y: Tensor | None = None, *, reverse: Tensor | None = None
+    ) -> Tensor:
+        """
+        Args:
+            x: nodes (B, N, C).
+            idx: neighbours (B, N, k) into y, from `DilatedKnnGraph`.
+            y: keys (B, M, C); None takes x.
+            reverse: `fer_kernels.reverse_graph(idx, M)`, where several layers share one graph on a GPU.
+
+        Returns:
+            (B, N, out_channels)
+        """
+        idx, _ = self._checked(x, idx, y, values=False)
+        return self.projection(interleave(x, relation_aggregate(x, idx, y, mode="mr", reverse=reverse)))
+
+
+class RelationConv(_GraphConv):
+    """Face2Nodes' relation-aware graph convolution; our reading of the paper, whose equations are not public.
+
+    With δ_ij = y_j - x_i and the relation r_ij = LeakyReLU(W_r [x_i ; δ_ij] + b_r) in R channels,
+
+        conv="rmr":   m_i = max_j k α_ij δ_ij,   α_ij = softmax_j(a_h · r_ij) in each of H heads
+        conv="rsum":  m_i = Σ_j α_ij δ_ij
+        conv="gate":  m_i = max_j 2 σ(g_ij) δ_ij, with g_ij = W_g r_ij, one gate a channel (gate="channel"),
+                      or a_h · r_ij, one a head (gate="head", without the product of R x C an edge)
+        conv="both":  m_i = max_j δ_ij, and s_i = Σ_j α_ij δ_ij with a projection W_s of its own
+
+    and then act(norm(W interleave(x_i, m_i) [+ W_s s_i])).
+
+    a, W_g and W_s start at zero, so that "rmr", "gate" (hence the 2: 2 σ(0) = 1) and "both" start as
+    exactly the `MaxRelativeConv` with the same projection: its weights load with strict=False, and only
+    relation parameters are missing. "rsum" has the same parameters, but starts from the mean of δ.
+
+    W_r = [W_a W_b] is applied to nodes rather than edges: p = x (W_a - W_b)ᵀ + b_r and q = y W_bᵀ, and
+    r_ij = LeakyReLU(p_i + q_j).
+
+    Args:
+        in_channels: C, divisible by `heads`; 2C is divisible by `groups` (for "both", C is).
+        out_channels: divisible by `groups`.
+        conv: as above.
+        heads: H.
+        relation_dim: R, divisible by `heads`; None takes C / 4, rounded down to a multiple of H, at least H.
+        gate: "channel" or "head", for conv="gate". A gate for each channel needs no heads, and ignores them.
+        negative_slope: of the LeakyReLU.
+        groups, bias, norm, act: of the `Projection`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        conv: str = "rmr",
+        heads: int = 4,
+        relation_dim: int | None = None,
+        gate: str = "channel",
+        negative_slope: float = 0.2,
+        groups: int = 4,
+        bias: bool = True,
+        norm: Norm = "batch",
+        act: Act = "gelu",
+    ) -> None:
+        super().__init__(in_channels, out_channels)
+        here = type(self).__name__
+        _check_choice(here, "conv", conv, ("rmr", "rsum", "gate", "both"))
+        _check_choice(here, "gate", gate, ("channel", "head"))
+        checks.positive_int(here, "heads", heads)
+        if relation_dim is None:
+            relation_dim = max(in_channels // 4 // heads, 1) * heads
+        checks.positive_int(here, "relation_dim", relation_dim)
+        if isinstance(negative_slope, bool) or not isinstance(negative_slope, (int, float)):
+            raise TypeError(f"{here}: negative_slope must be a number, got {negative_slope!r}")
+        self.conv, self.heads, self.relation_dim = conv, heads, relation_dim
+        self.gate, self.negative_slope = gate, float(negative_slope)
+        self.projection = self._project(2 * in_channels, out_channels, groups, bias=bias, norm=norm, act=act)
+        self.relation = nn.Linear(2 * in_channels, relation_dim)
+        if conv == "gate" and gate == "channel":
+            self.gate_weight = nn.Parameter(torch.empty(in_channels, relation_dim))
+        else:
+            _check_divisible(here, "in_channels", in_channels, "heads", heads)
+            _check_divisible(here, "relation_dim", relation_dim, "heads", heads)
+            self.a = nn.Parameter(torch.empty(heads, relation_dim // heads))
+        if conv == "both":
+            _check_divisible(here, "in_channels", in_channels, "groups", groups)
+            self.sum_projection = GroupedLinear(in_channels, out_channels, groups, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The start described above. The projection's own parameters are left as they are."""
+        nn.init.kaiming_normal_(self.relation.weight, self.negative_slope, nonlinearity="leaky_relu")
+        nn.init.zeros_(self.relation.bias)
+        if self.conv == "gate" and self.gate == "channel":
+            nn.init.zeros_(self.gate_weight)
+        else:
+            nn.init.zeros_(self.a)
+        if self.conv == "both":
+            nn.init.zeros_(self.sum_projection.weight)
+
+    def forward(
+        self,
+        x: Tensor,
+        idx: Tensor,
+        y: Tensor | None = None,
+        *,
+        return_weights: bool = False,
+        reverse: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """
+        Args:
+            x: nodes (B, N, C).
+            idx: neighbours (B, N, k) into y, from `DilatedKnnGraph`.
+            y: keys (B, M, C); None takes x.
+            return_weights: also return α (B, N, k, H), or for "gate" the gates 2 σ(g), (B, N, k, C or H).
+            reverse: `fer_kernels.reverse_graph(idx, M)`, where several layers share one graph on a GPU.
+                "both" makes its own for its two aggregations.
+
+        Returns:
+            (B, N, out_channels), and the weights where asked for.
+        """
+        here = type(self).__name__
+        checks.a_bool(here, "return_weights", return_weights)
+        idx, keys = self._checked(x, idx, y, values=self.conv == "gate")
+        w_a, w_b = self.relation.weight.chunk(2, 1)
+        p = F.linear(x, w_a - w_b, self.relation.bias).to(x.dtype)  # autocast may make these
+        q = F.linear(keys, w_b).to(x.dtype)  # of another dtype than x
+        if self.conv == "gate":
+            m, weights = self._gated(x, idx, keys, p, q)
+            out = self.projection(interleave(x, m))
+            return (out, weights) if return_weights else out
+
+        trained = torch.is_grad_enabled() and (x.requires_grad or keys.requires_grad or p.requires_grad)
+        if self.conv == "both" and reverse is None and trained and x.device.type == "cuda":
+            reverse = reverse_graph(idx, keys.shape[1])
+        found: Any = relation_aggregate(  # type: ignore[call-overload]  # a tensor or two
+            x,
+            idx,
+            y,
+            p=p,
+            q=q,
+            a=self.a.to(x.dtype),
+            mode="rsum" if self.conv == "both" else self.conv,
+            negative_slope=self.negative_slope,
+            return_weights=return_weights,
+            reverse=reverse,
+        )
+        m = found[0] if return_weights else found
+        also = None
+        if self.conv == "both":
+            also = self.sum_projection(m)
+            m = relation_aggregate(x, idx, y, mode="mr", reverse=reverse)
+        out = self.projection(interleave(x, m), also)
+        return (out, found[1]) if return_weights else out
+
+    def _gated(self, x: Tensor, idx: Tensor, keys: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """m (B, N, C) and the gates; holds edge tensors of R and of C channels."""
+        relation = F.leaky_relu(p.unsqueeze(2) + neighbours(q, idx), self.negative_slope)
+        delta = neighbours(keys, idx) - x.unsqueeze(2)
+        if self.gate == "channel":
+            gates = 2 * torch.sigmoid(F.linear(relation, self.gate_weight)).to(x.dtype)
+            return (gates * delta).max(2).values, gates
+        logits = (relation.unflatten(-1, self.a.shape) * self.a.to(x.dtype)).sum(-1)
+        gates = 2 * torch.sigmoid(logits).to(x.dtype)
+        gated = delta.unflatten(-1, (self.heads, -1)) * gates.unsqueeze(-1)
+        return gated.flatten(-2).max(2).values, gates
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, conv={self.conv!r}, relation_dim={self.relation_dim}"
+        if self.conv == "gate":
+            text += f", gate={self.gate!r}"
+        if self.conv != "gate" or self.gate == "head":
+            text += f", heads={self.heads}"
+        return f"{text}, negative_slope={self.negative_slope:g}"
+
+
+class EdgeConv(_GraphConv):
+    """y_i = max_j act(norm(W [x_i ; y_j - x_i])), the two halves one after the other as in ViG.
+
+    With four groups the first two see x alone, so half of the channels are a function of the node only;
+    groups=1 is the EdgeConv of the literature. A batch norm takes its statistics over edges.
+
+    Args: as in `MaxRelativeConv`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        groups: int = 4,
+        bias: bool = True,
+        norm: Norm = "batch",
+        act: Act = "gelu",
+    ) -> None:
+        super().__init__(in_channels, out_channels)
+        self.projection = self._project(2 * in_channels, out_channels, groups, bias=bias, norm=norm, act=act)
+
+    def forward(self, x: Tensor, idx: Tensor, y: Tensor | None = None) -> Tensor:
+        """x (B, N, C), idx (B, N, k) into y (B, M, C) or x: (B, N, out_channels)."""
+        idx, keys = self._checked(x, idx, y, values=True)
+        delta = neighbours(keys, idx) - x.unsqueeze(2)
+        edges = torch.cat([x.unsqueeze(2).expand_as(delta), delta], -1)
+        return self.projection(edges).max(2).values
+
+
+class SAGEConv(_GraphConv):
+    """m_i = max_j act(norm(W_1 y_j)), then act(norm(W_2 [x_i ; m_i])), halves one after the other as in ViG.
+
+    The first norm's batch statistics are over edges, as in ViG: a key counts as often as it is a neighbour.
+
+    Args: as in `MaxRelativeConv`, and C is divisible by `groups`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        groups: int = 4,
+        bias: bool = True,
+        norm: Norm = "batch",
+        act: Act = "gelu",
+    ) -> None:
+        super().__init__(in_channels, out_channels)
+        options: dict[str, Any] = {"bias": bias, "norm": norm, "act": act}
+        self.neighbour_projection = self._project(in_channels, in_channels, groups, **options)
+        self.projection = self._project(2 * in_channels, out_channels, groups, **options)
+
+    def forward(self, x: Tensor, idx: Tensor, y: Tensor | None = None) -> Tensor:
+        """x (B, N, C), idx (B, N, k) into y (B, M, C) or x: (B, N, out_channels)."""
+        idx, keys = self._checked(x, idx, y, values=True)
+        m = self.neighbour_projection(neighbours(keys, idx)).max(2).values
+        # Under autocast the projection has made m narrower than x; cat brings both to one dtype.
+        return self.projection(torch.cat([x, m], -1))
+
+
+class GINConv(_GraphConv):
+    """y_i = act(norm(W ((1 + ε) x_i + Σ_j y_j))), ε learned from 0.
+
+    Args: as in `MaxRelativeConv`, and C is divisible by `groups`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        groups: int = 4,
+        bias: bool = True,
+        norm: Norm = "batch",
+        act: Act = "gelu",
+    ) -> None:
+        super().__init__(in_channels, out_channels)
+        self.projection = self._project(in_channels, out_channels, groups, bias=bias, norm=norm, act=act)
+        self.eps = nn.Parameter(torch.zeros(1))  # one element and not a scalar: so are ViG's checkpoints
+
+    def forward(self, x: Tensor, idx: Tensor, y: Tensor | None = None) -> Tensor:
+        """x (B, N, C), idx (B, N, k) into y (B, M, C) or x: (B, N, out_channels)."""
+        idx, keys = self._checked(x, idx, y, values=True)
+        return self.projection((1 + self.eps).to(x.dtype) * x + neighbours(keys, idx).sum(2))
+
+
+class DynamicGraphConv(nn.Module):
+    """A graph made from the nodes themselves, and a convolution on it.
+
+    Args:
+        graph: a `DilatedKnnGraph`, or any module called as graph(x, y, grid=..., generator=...).
+        conv: a graph convolution, such as one of `create_conv`.
+    """
+
+    def __init__(self, graph: nn.Module, conv: nn.Module) -> None:
+        super().__init__()
+        for name, module in (("graph", graph), ("conv", conv)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{type(self).__name__}: {name} must be a module, got {module!r}")
+        self.dynamic_graph, self.conv = graph, conv  # an exported module has a `graph` of its own
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        grid: tuple[int, int] | None = None,
+        generator: torch.Generator | None = None,
+        return_graph: bool = False,
+        return_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """
+        Args:
+            x: nodes (B, N, C).
+            y: keys (B, M, C); None takes x.
+            grid, generator: for the graph; see `DilatedKnnGraph`.
+            return_graph: also return idx.
+            return_weights: also return the convolution's weights, from a `RelationConv`.
+
+        Returns:
+            nodes (B, N, out_channels), then idx (B, N, k) and the weights where asked for, in this order.
+        """
+        checks.a_bool(type(self).__name__, "return_graph", return_graph)
+        idx = self.dynamic_graph(x, y, grid=grid, generator=generator)
+        if return_weights:
+            nodes, weights = self.conv(x, idx, y, return_weights=True)
+            return (nodes, idx, weights) if return_graph else (nodes, weights)
+        nodes = self.conv(x, idx, y)
+        return (nodes, idx) if return_graph else nodes
+
+
+CONVS: dict[str, Callable[..., nn.Module]] = {
+    "mr": MaxRelativeConv,
+    "rmr": functools.partial(RelationConv, conv="rmr"),
+    "rsum": functools.partial(RelationConv, conv="rsum"),
+    "gate": functools.partial(RelationConv, conv="gate"),
+    "both": functools.partial(RelationConv, conv="both"),
+    "edge": EdgeConv,
+    "sage": SAGEConv,
+    "gin": GINConv,
+}
+
+
+def create_conv(name: str, in_channels: int, out_channels: int, **options: Any) -> nn.Module:
+    """The graph convolution of this name in `CONVS`; `options` are its keyword arguments."""
+    _check_choice("create_conv", "name", name, tuple(CONVS))
+    return CONVS[name](in_channels, out_channels, **options)
+
+
+def _check_channels(here: str, in_channels: Any, out_channels: Any) -> None:
+    checks.positive_int(here, "in_channels", in_channels)
+    checks.positive_int(here, "out_channels", out_channels)
+
+
+def _check_divisible(here: str, name: str, value: int, by: str, divisor: int) -> None:
+    if value % divisor:
+        raise ValueError(f"{here}: {name} = {value} must be divisible by {by} = {divisor}")
+
+
+def _check_choice(here: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{here}: unknown {name} {value!r}: expected one of {', '.join(map(repr, choices))}")
+
+
+def _look_up(here: str, name: str, value: Any, known: dict[str, Any]) -> Any:
+    """What makes the module: a name's, or `value` itself."""
+    if value is None or (callable(value) and not isinstance(value, nn.Module)):
+        return value
+    if isinstance(value, str) and value in known:
+        return known[value]
+    wrong = TypeError if not isinstance(value, str) else ValueError
+    raise wrong(
+        f"{here}: {name} must be one of {', '.join(map(repr, known))}, None or a function that makes a "
+        f"module, got {value!r}"
+    )
