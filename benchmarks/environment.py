@@ -13,7 +13,7 @@ import torch
 
 import fer_kernels
 
-_PACKAGES = ("numpy", "triton", "faiss-cpu", "pykeops", "torch_cluster")
+_PACKAGES = ("numpy", "triton", "faiss-cpu", "pykeops", "torch_cluster", "torch_geometric")
 
 
 def device_name(device: str) -> str:

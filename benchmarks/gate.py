@@ -14,10 +14,10 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def value_problem(what: str, actual: Tensor, expected: Tensor, bound: float) -> str | None:
+def value_problem(what: str, actual: Tensor, expected: Tensor, bound: float | Tensor) -> str | None:
     """What is wrong with `actual` where it strays from `expected` by more than `bound`, or None.
 
-    A NaN or an infinity is right only where the truth has the same.
+    A bound may be one for each element. A NaN or an infinity is right only where the truth has the same.
     """
     if actual.shape != expected.shape:
         return f"{what} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
@@ -26,11 +26,13 @@ def value_problem(what: str, actual: Tensor, expected: Tensor, bound: float) -> 
     wrong = int(alike.logical_not().sum())
     if not wrong:
         return None
-    # A NaN error is the worst there is, and argmax finds it first.
-    worst = int(error.masked_fill(alike, -1).nan_to_num(nan=torch.inf).argmax())
+    # The farthest beyond its bound; a NaN error is the worst there is, and argmax finds it first.
+    beyond = (error - bound).nan_to_num(nan=torch.inf)
+    worst = int(beyond.masked_fill(alike, -torch.inf).argmax())
     where = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))
+    allowed = bound[where].item() if isinstance(bound, Tensor) else bound
     return (
-        f"{wrong} of {error.numel()} {what} off by more than {bound:.2e}, worst at {where}: "
+        f"{wrong} of {error.numel()} {what} off by more than {allowed:.2e}, worst at {where}: "
         f"{actual[where].item():.6g}, expected {expected[where].item():.6g}"
     )
 

@@ -112,8 +112,16 @@ def rounding_bound(channels: int, arithmetic: torch.dtype) -> float:
     return 2 * (8 * unit_roundoff(arithmetic) + walk)
 
 
-def judge(case: Case, inputs: Inputs, expected: Tensor, idx: Tensor, arithmetic: torch.dtype) -> str | None:
-    """A slot is wrong where its key's float64 distance is not the slot's, beyond rounding."""
+def judge(
+    case: Case,
+    inputs: Inputs,
+    expected: Tensor,
+    idx: Tensor,
+    arithmetic: torch.dtype,
+    given: float = 0.0,
+) -> str | None:
+    """A slot is wrong where its key's float64 distance is not the slot's, beyond rounding. `given` is how
+    far the rounding of the nodes themselves may have moved a distance."""
     want = tuple(case.shape[name] for name in "BNk")
     if tuple(idx.shape) != want or idx.is_floating_point():
         return f"expected integer indices {want}, got {short(idx.dtype)} {tuple(idx.shape)}"
@@ -125,7 +133,8 @@ def judge(case: Case, inputs: Inputs, expected: Tensor, idx: Tensor, arithmetic:
     if repeated:
         return f"{repeated} queries have a neighbour twice"
     chosen = torch.cat([distances.gather(-1, idx[part]) for part, distances in _distances(inputs)])
-    return value_problem("slots", chosen, expected, rounding_bound(case.shape["C"], arithmetic))
+    bound = given + rounding_bound(case.shape["C"], arithmetic)
+    return value_problem("slots", chosen, expected, bound)
 
 
 def _run_ours(case: Case, backend: str) -> Callable[[Inputs], Any]:

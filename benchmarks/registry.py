@@ -27,6 +27,10 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _as_drawn(case: Case, inputs: Inputs) -> Inputs:
+    return inputs
+
+
 @dataclass(frozen=True)
 class Cost:
     """Counted from the algorithm, for any implementation: no traffic that only some of them cause."""
@@ -37,12 +41,21 @@ class Cost:
 
 @dataclass(frozen=True)
 class Case:
+    """One shape, dtype and direction of an operator.
+
+    Attributes:
+        make_inputs: make_inputs(case, generator) draws the inputs on the CPU.
+        settle: settle(case, inputs) finishes them on the device, where what it takes much arithmetic
+            to find out is found faster.
+    """
+
     op: str
     name: str
     shape: Mapping[str, int]
     dtype: torch.dtype
     cost: Cost
     make_inputs: Callable[[Case, torch.Generator], Inputs]
+    settle: Callable[[Case, Inputs], Inputs] = _as_drawn
     direction: str = "forward"
     devices: tuple[str, ...] = ("cpu", "cuda")
     tags: tuple[str, ...] = ()
@@ -60,7 +73,7 @@ class Case:
     def inputs(self, device: str, seed: int) -> Inputs:
         """The same numbers on every device: drawn on the CPU, then moved."""
         drawn = self.make_inputs(self, torch.Generator().manual_seed(seed))
-        return {name: tensor.to(device) for name, tensor in drawn.items()}
+        return self.settle(self, {name: tensor.to(device) for name, tensor in drawn.items()})
 
 
 def _always(case: Case, device: str) -> str | None:

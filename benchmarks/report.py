@@ -18,8 +18,22 @@ def _natural(text: str) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 
 
+def _kind(row: Row) -> str:
+    """What stands before the sizes in a case's name: "rmr" of rmr-b16-n196, nothing of b16-n196.
+
+    Kinds do different work, so one mean over several would mean nothing: each has its own table.
+    """
+    words = itertools.takewhile(lambda word: not re.fullmatch(r"[a-z]+\d+", word), row.case.split("-"))
+    return "-".join(words)
+
+
+def _machine(row: Row) -> tuple:
+    return (row.op, row.device, row.machine, row.threads)
+
+
 def _section(row: Row) -> tuple:
-    return (row.op, row.device, row.machine, row.threads, row.direction)
+    forward_first = {"forward": 0}.get(row.direction, 1)
+    return (*_machine(row), _kind(row), forward_first, row.direction)
 
 
 def _case(row: Row) -> tuple:
@@ -83,7 +97,8 @@ def _table(rows: list[Row], contender: str) -> Table:
         time = f"{ours.p50_ms:.3g}" if ours.p50_ms is not None else ours.status
         share = f"{ours.ceiling_share:.0%}" if ours.ceiling_share is not None else ""
         memory = f"{ours.extra_mib:.3g}" if ours.extra_mib is not None else ""
-        table.append([ours.case, ours.dtype, time, *map(_times, ratios), share, memory])
+        sizes = ours.case.removeprefix(_kind(ours)).lstrip("-")  # the kind stands above the table
+        table.append([sizes, ours.dtype, time, *map(_times, ratios), share, memory])
     means = [_times(geometric_mean(column)) for column in columns]
     table.append(["geometric mean", "", "", *means, "", ""])
     return table
@@ -114,17 +129,23 @@ def _missing(rows: list[Row]) -> list[str]:
 
 
 def render(rows: Iterable[Row]) -> str:
-    """A table for every operator, machine, direction and contender."""
+    """A table for every operator, machine, kind of case, direction and contender."""
     blocks = []
-    for (op, device, machine, threads, direction), section in _group(rows, _section):
+    directions = {
+        "forward": "forward",
+        "backward": "forward and backward",  # as it is timed; "backward" alone would promise less
+    }
+    for (op, device, machine, threads), of_machine in _group(rows, _machine):
         on = machine if device == "cuda" else f"{machine}, {threads} threads"
-        for contender in contenders(section):
-            blocks.append(f"**{op}, {direction}, `{contender}`** on {on}")
-            blocks.append(_markdown(_table(section, contender)))
-        missing = _missing(section)
+        for (*_, kind, _, direction), section in _group(of_machine, _section):
+            what = f"{op} {kind}".rstrip()
+            for contender in contenders(section):
+                blocks.append(f"**{what}, {directions.get(direction, direction)}, `{contender}`** on {on}")
+                blocks.append(_markdown(_table(section, contender)))
+        missing = _missing(of_machine)
         if missing:
             blocks.append("\n".join(missing))
-        blocks.append(f"Commit {_sources(section, 'commit')}; {_sources(section, 'versions')}.")
+        blocks.append(f"Commit {_sources(of_machine, 'commit')}; {_sources(of_machine, 'versions')}.")
     legend = (
         "“vs” is that provider's time over ours (above 1, ours is faster); “of” is our time over a bound "
         "that does less work. “of ceiling” is the least time by the copy bandwidth and the matrix product "

@@ -17,7 +17,18 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import gate, knn, memory, registry, report, results, runner, timing  # noqa: E402
+from benchmarks import (  # noqa: E402
+    gate,
+    grapher,
+    knn,
+    memory,
+    registry,
+    relation,
+    report,
+    results,
+    runner,
+    timing,
+)
 
 
 def tiny_case(dtype=torch.float32, batch=2, queries=24, keys=24, channels=8, k=3, d=2) -> registry.Case:
@@ -58,9 +69,14 @@ def test_every_file_of_an_operator_is_loaded():
     assert {case.op for case in suites["knn"].cases} == {"knn"}
 
 
-def test_cases_are_distinct_and_cover_the_stated_shapes():
-    cases = registry.load()["knn"].cases
+@pytest.mark.parametrize("op", ["knn", "relation"])
+def test_cases_are_distinct(op):
+    cases = registry.load()[op].cases
     assert len({(case.name, case.dtype, case.direction) for case in cases}) == len(cases)
+
+
+def test_cases_cover_the_stated_shapes():
+    cases = registry.load()["knn"].cases
 
     def shapes(device, tag, dtype):
         return {
@@ -222,6 +238,199 @@ def test_nothing_that_fails_is_timed_and_the_others_still_are():
     assert right.ceiling_share > 0 and right.timed_by == "clock"
 
 
+# Gradients: relation
+
+
+RELATED = ("x", "y", "p", "q", "a")
+
+
+def relation_case(mode="rmr", direction="backward", dtype=torch.float32, keys=16) -> registry.Case:
+    shape = dict(zip("BNMCkHR", (3, 16, keys, 8, 3, 2, 4), strict=True))
+    return registry.Case(
+        "relation",
+        f"{mode}-tiny",
+        shape,
+        dtype,
+        relation._cost(shape, mode, direction, dtype),
+        relation.make_inputs,
+        relation.settle,
+        direction,
+    )
+
+
+def grapher_case(dtype=torch.float32, keys=16) -> registry.Case:
+    shape = dict(zip("BNMCkHR", (3, 16, keys, 8, 3, 2, 4), strict=True))
+    return grapher.case(shape, dtype, "cpu")
+
+
+def relation_row(case, change=lambda outputs: None, name="eager") -> results.Row:
+    """The gate's verdict on a provider of relation's whose outputs `change` alters."""
+    suite = registry.load()["relation"]
+    (chosen,) = (p for p in suite.providers if p.name == name)
+
+    def open_(case, device):
+        call = chosen.open(case, device)
+
+        def changed(inputs):
+            outputs = {name: tensor.detach().clone() for name, tensor in call(inputs).items()}
+            return change(outputs) or outputs
+
+        return changed
+
+    provider = dataclasses.replace(chosen, open=open_)
+    (entrant,) = runner.gate(suite, case, [provider], quick_session())
+    return entrant.row
+
+
+def test_relation_covers_the_stated_shapes_modes_and_directions():
+    cases = registry.load()["relation"].cases
+    for shape, dtype in itertools.product(relation.CPU_SHAPES, (torch.float32, torch.bfloat16)):
+        found = {
+            (case.name.partition("-")[0], case.direction)
+            for case in cases
+            if tuple(case.shape.values()) == shape and case.dtype == dtype and case.devices == ("cpu",)
+        }
+        assert found == {
+            *itertools.product(("mr", "rmr", "rsum"), registry.DIRECTIONS),
+            ("grapher", "backward"),
+        }
+    on_gpu = {tuple(case.shape.values()) for case in cases if case.devices == ("cuda",)}
+    assert on_gpu == set(relation.GPU_SHAPES)
+
+
+def test_counted_cost_of_a_relation():
+    def cost(mode, direction, keys):
+        return relation_case(mode, direction, torch.bfloat16, keys).cost
+
+    x, y, p, q, idx, a = 3 * 16 * 8 * 2, 3 * 9 * 8 * 2, 3 * 16 * 4 * 2, 3 * 9 * 4 * 2, 3 * 16 * 3 * 8, 4 * 2
+    assert cost("mr", "forward", 9).bytes == x + y + idx + x
+    assert cost("mr", "forward", 16).bytes == x + idx + x  # the keys are x
+    assert cost("rsum", "forward", 9).bytes == x + y + p + q + a + idx + x
+    # Backward reads the upstream gradient, the graph and the slots, and writes what it was asked for.
+    slots = 3 * 16 * 8
+    assert cost("mr", "backward", 9).bytes == (x + y + idx + x + slots) + (x + idx + slots) + (x + y)
+    inputs = x + y + p + q + a
+    assert (
+        cost("rmr", "backward", 9).bytes == (inputs + idx + x + slots) + (x + idx + slots + inputs) + inputs
+    )
+    assert cost("rsum", "backward", 9).bytes == (inputs + idx + x) + (x + idx + inputs) + inputs
+    assert cost("mr", "forward", 9).flops == 3 * 16 * 8
+
+
+@pytest.mark.parametrize("keys", [16, 9])
+@pytest.mark.parametrize("mode", ["mr", "rmr", "rsum"])
+def test_the_gates_gradients_are_autograds(mode, keys):
+    case = relation_case(mode, keys=keys, dtype=torch.float64)
+    inputs = case.inputs("cpu", 0)
+    truth = relation.expect(case, inputs)[torch.float32]
+    outputs = relation._open_eager(case, "cpu")(inputs)
+    assert set(outputs) == set(truth) == {"m"} | {f"d{name}" for name in RELATED if name in inputs}
+    for name, (value, error) in truth.items():
+        torch.testing.assert_close(outputs[name].detach(), value, rtol=1e-12, atol=1e-13)
+        assert error.shape == value.shape
+
+
+@pytest.mark.parametrize("name", ["eager", "ours-reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keys", [16, 4])  # a grid of 4 x 4, or its squares of 2 x 2
+@pytest.mark.parametrize("mode", ["mr", "rmr", "rsum", "grapher"])
+def test_right_values_and_gradients_pass(mode, keys, dtype, name):
+    cases = [grapher_case(dtype, keys)]
+    if mode != "grapher":
+        cases = [relation_case(mode, direction, dtype, keys) for direction in registry.DIRECTIONS]
+    for case in cases:
+        row = relation_row(case, name=name)
+        assert row.status == results.OK, row.reason
+
+
+def times(name, factor):
+    return lambda outputs: outputs | {name: outputs[name] * factor}
+
+
+def first_element(name, change):
+    def wrong(outputs):
+        outputs[name].view(-1)[0] += change
+
+    return wrong
+
+
+@pytest.mark.parametrize("mode", ["rmr", "rsum"])
+@pytest.mark.parametrize("name", ["m", "dx", "dy", "dp", "dq", "da"])
+@pytest.mark.parametrize("change", [1e-2, torch.nan])
+def test_one_wrong_element_fails(mode, name, change):
+    row = relation_row(relation_case(mode, keys=9), first_element(name, change))
+    assert row.status == results.FAILED and re.match(rf"1 of \d+ {name} off", row.reason), row.reason
+
+
+def test_a_wrong_value_of_our_backend_fails_in_bfloat16_too():
+    case = relation_case(dtype=torch.bfloat16)
+    assert relation_row(case, first_element("dq", 0.05), "ours-reference").status == results.FAILED
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda outputs: {"m": outputs["m"]}, "expected m, dx, dp, dq, da, got m"),
+        (lambda outputs: outputs | {"dp": outputs["dp"][:, :1]}, "dp has shape"),
+    ],
+)
+def test_a_missing_gradient_fails(change, reason):
+    row = relation_row(relation_case(), change)
+    assert row.status == results.FAILED and reason in row.reason
+
+
+def another_neighbour(outputs):
+    outputs["idx"][0, 0, -1] = next(key for key in range(16) if key not in outputs["idx"][0, 0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (another_neighbour, "graph: 1 of 144 slots off"),
+        (times("out", 1.001), "out is off by 1.00e-03 of its norm"),
+        (times("out", torch.nan), "out is off by nan"),
+        (times("dq", 0), "dq is off by 1.00e\\+00 of its norm"),
+        (times("dx", -1), "dx is off by 2.00e\\+00 of its norm"),
+        (times("dfc1", 0.98), "dfc1 is off by 2.00e-02 of its norm"),
+    ],
+)
+def test_a_wrong_block_fails(change, reason):
+    row = relation_row(grapher_case(), change)
+    assert row.status == results.FAILED and re.match(reason, row.reason), row.reason
+
+
+@pytest.mark.parametrize("name", ["dx", "dp", "dq", "da", "dfc1", "dgroups"])
+def test_a_block_without_a_gradient_fails_in_bfloat16(name):
+    row = relation_row(grapher_case(torch.bfloat16), times(name, 0))
+    assert row.status == results.FAILED and row.reason.startswith(f"{name} is off"), row.reason
+
+
+def test_a_maximum_whose_winner_is_open_gets_no_gradient():
+    case = relation_case("mr", keys=9)
+    inputs = relation.make_inputs(case, torch.Generator().manual_seed(0))
+    first, second = inputs["idx"][0, 0, :2]
+    inputs["y"][0, first, :4] = 10.0
+    inputs["y"][0, second, :2] = 10.0  # equal
+    inputs["y"][0, second, 2:4] = 10.0 - 1e-3  # nearly, but float32 tells them apart
+    settled = relation.settle(case, inputs)["grad"]
+    assert settled[0, 0, :2].eq(0).all() and settled[0, 0, 2:4].ne(0).all()
+    assert settled.ne(0).float().mean() > 0.9
+    # With that, one right answer is left: the first slot and an even split both pass.
+    call, expected = relation._open_eager(case, "cpu"), relation.expect(case, inputs)
+    ours = relation._run_ours(case, "reference")
+    for outputs in (call(inputs), ours(inputs)):
+        assert relation.judge(case, inputs, expected, outputs, torch.float32) is None
+
+
+def test_backward_is_timed_with_its_memory():
+    case = relation_case()
+    suite = registry.load()["relation"]
+    chosen = [p for p in suite.providers if p.name in ("ours-reference", "eager")]
+    rows = runner.measure(suite, case, chosen, quick_session())
+    assert [row.status for row in rows] == [results.OK] * 2
+    assert all(row.p50_ms > 0 and row.direction == "backward" for row in rows)
+
+
 # Timing and memory
 
 
@@ -252,6 +461,18 @@ def test_memory_counts_what_a_call_allocates():
     assert (
         memory.peak_extra_bytes(lambda: torch.ones(size, dtype=torch.uint8)[:1].clone(), "cpu") > size * 0.9
     )
+
+
+def test_memory_of_a_backward_counts_what_the_forward_saved():
+    x = torch.zeros(16 << 20, requires_grad=True)
+
+    def step():
+        return torch.autograd.grad(x.exp().sum(), x)  # keeps exp(x), then makes the gradient beside it
+
+    extra = memory.peak_extra_bytes(step, "cpu")
+    if extra is None:
+        pytest.skip("this system does not let a process reset its peak memory")
+    assert 1.8 * x.nbytes < extra < 4 * x.nbytes
 
 
 # Files
@@ -320,6 +541,29 @@ def test_report_states_ratios_and_their_mean():
     assert "| geometric mean |  |  | 4x | 1.41x |  |  |" in text
     assert "- faiss: unavailable on 1 of 2 cases (No module named 'faiss')" in text
     assert text.index("| n49 ") < text.index("| n196 ")
+
+
+def test_report_has_a_table_for_every_kind_and_direction():
+    rows = [
+        row("rmr-b2-n49", ms=1.0),
+        row("rmr-b2-n49", "eager", 4.0, "peer"),
+        row("rmr-b2-n49", ms=1.0, direction="backward"),
+        row("rmr-b2-n49", "eager", 9.0, "peer", direction="backward"),
+        row("grapher-b2-n49", ms=1.0, direction="backward"),
+        row("grapher-b2-n49", "eager", 2.0, "peer", direction="backward"),
+        row("grapher-b2-n49", "pyg", None, "peer", direction="backward", status=results.UNAVAILABLE),
+    ]
+    text = report.render([dataclasses.replace(one, op="relation") for one in rows])
+    titles = [
+        "**relation grapher, forward and backward, `ours-cpu`**",
+        "**relation rmr, forward, `ours-cpu`**",
+        "**relation rmr, forward and backward, `ours-cpu`**",
+    ]
+    assert re.findall(r"\*\*relation.*?\*\*", text) == titles
+    # A mean never mixes kinds, and the kind is not repeated in every line.
+    assert re.findall(r"\| geometric mean \|  \|  \| (\S+) \|", text) == ["2x", "4x", "9x"]
+    assert text.count("| b2-n49 |") == 3
+    assert text.count("Commit abc") == 1 and text.count("- pyg: unavailable on 1 of 3 cases") == 1
 
 
 def test_report_does_not_depend_on_the_order_of_rows():
@@ -431,7 +675,7 @@ def test_help_shows_an_example(name, capsys):
 
 def test_a_real_run_end_to_end(tmp_path):
     path, as_json = tmp_path / "out.csv", tmp_path / "out.json"
-    arguments = ["run", "--quick", "--device", "cpu", "--case", "n49", "--dtype", "float32"]
+    arguments = ["run", "--quick", "--device", "cpu", "--op", "knn", "--case", "n49", "--dtype", "float32"]
     arguments += ["--provider", "ours-reference", "--provider", "eager", "--provider", "bmm"]
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments, "--csv", str(path), "--json", str(as_json)],
