@@ -78,9 +78,13 @@ class Operator:
             )
         return reasons
 
-    def choose(self, backend: str, *tensors: torch.Tensor | None) -> Any:
-        """The registered operator for this call: the fastest that takes it, or the one asked for."""
+    def choose(self, backend: str, *tensors: torch.Tensor | None, among: dict[str, Any] | None = None) -> Any:
+        """The registered operator for this call: the fastest that takes it, or the one asked for.
+
+        `among` is what `define` returned for another schema of this operator.
+        """
         origin = "backend"
+        registered = self.registered if among is None else among
         if backend == "auto":
             backend, origin = _requested.backend, "use_backend or FER_KERNELS_BACKEND"
         if backend == "auto":
@@ -89,15 +93,15 @@ class Operator:
                 # Triton's interpreter is for tests: slower than the reference.
                 interpreted = candidate == "triton" and TRITON_INTERPRETED
                 if proved and not interpreted and not self.not_supported_reasons(candidate, *tensors):
-                    return self.registered[candidate]
-            return self.registered["reference"]
+                    return registered[candidate]
+            return registered["reference"]
         check_backend_name(backend, origin)
         reasons = self.not_supported_reasons(backend, *tensors)
         if reasons:
             raise RuntimeError(
                 f"{self.name}: backend {backend!r} cannot take this call: " + "; ".join(reasons)
             )
-        return self.registered[backend]
+        return registered[backend]
 
 
 OPERATORS: dict[str, Operator] = {}

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/jad.h"
 #include "bindings/knn.h"
 #include "bindings/relation.h"
 #include "cpu/kernels.h"
@@ -160,11 +161,87 @@ Tensor relation_reverse(const Tensor& idx, int64_t keys) {
   return reverse;
 }
 
+// Heads, or parts of them, worth waking a thread for.
+int64_t jad_grain(const fer::JadCall& call, int64_t units) {
+  const int64_t work = call.batch * call.heads * call.queries * call.keys * (call.width + 16);
+  return std::max<int64_t>(1, 2'000'000 / std::max<int64_t>(1, work / std::max<int64_t>(1, units)));
+}
+
+void run_jad(const fer::bindings::JadForwardCall& call, const Tensor& like) {
+  const int64_t heads = call.batch * call.heads;
+  const bool look = FER_PICK(jad_wants_means)(call);
+  // Where the means are no output they are scratch.
+  const Tensor scratch = torch::stable::new_empty(like, {look && !call.column_mean ? heads * call.keys : 0},
+                                                  fer::bindings::accumulation_type(call.dtype));
+  void* means = call.column_mean ? call.column_mean : scratch.mutable_data_ptr();
+  if (FER_PICK(jad_keeps_powers)(call)) {
+    const auto kernel = FER_PICK(jad_heads);
+    torch::stable::parallel_for(0, heads, jad_grain(call, heads),
+                                [&](int64_t begin, int64_t end) { kernel(call, means, begin, end); });
+    return;
+  }
+  const int64_t units = heads * FER_PICK(jad_chunks)(call), grain = jad_grain(call, units);
+  std::vector<double> parts(look ? units * call.keys : 0);
+  if (look) {
+    const auto kernel = FER_PICK(jad_means);
+    torch::stable::parallel_for(0, units, grain,
+                                [&](int64_t begin, int64_t end) { kernel(call, parts.data(), begin, end); });
+  }
+  FER_PICK(jad_choose)(call, look ? parts.data() : nullptr, means);
+  if (!call.out) return;
+  const auto kernel = FER_PICK(jad_outputs);
+  torch::stable::parallel_for(0, units, grain,
+                              [&](int64_t begin, int64_t end) { kernel(call, means, begin, end); });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> jad(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                       std::optional<Tensor> gate, std::optional<Tensor> noise,
+                                                       int64_t mode, double beta, double max_drop, int64_t protect,
+                                                       double soft, double tau, bool joint_over_head, double scale,
+                                                       bool return_stats, bool save) {
+  const auto call = fer::bindings::jad_forward(q, k, v, gate, noise, mode, beta, max_drop, protect, soft, tau,
+                                               joint_over_head, scale, return_stats, save);
+  run_jad(call, q);
+  return {call.out_tensor, call.lse_tensor, call.column_mean_tensor, call.bias_tensor, call.bits_tensor};
+}
+
+std::tuple<Tensor, Tensor> jad_column_mean(const Tensor& q, const Tensor& k, double scale) {
+  const auto call = fer::bindings::jad_column_mean(q, k, scale);
+  run_jad(call, q);
+  return {call.column_mean_tensor, call.lse_tensor};
+}
+
+void run_jad_backward(const fer::bindings::JadBackwardCall& call) {
+  const int64_t heads = call.batch * call.heads;
+  const auto kernel = FER_PICK(jad_backward);
+  torch::stable::parallel_for(0, heads, jad_grain(call, heads),
+                              [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> jad_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
+                                                const Tensor& out, const Tensor& lse, const Tensor& bias,
+                                                const Tensor& bits, double scale) {
+  const auto call = fer::bindings::jad_backward(grad, q, k, v, lse, bias, bits, scale);
+  run_jad_backward(call);
+  return {call.dq_tensor, call.dk_tensor, call.dv_tensor};
+}
+
+std::tuple<Tensor, Tensor> jad_column_mean_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                                    const Tensor& lse, double scale) {
+  const auto call = fer::bindings::jad_column_mean_backward(grad, q, k, lse, scale);
+  run_jad_backward(call);
+  return {call.dq_tensor, call.dk_tensor};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fer_kernels, CPU, m) {
   m.impl("knn", TORCH_BOX(&knn));
   m.impl("relation", TORCH_BOX(&relation));
   m.impl("relation_backward", TORCH_BOX(&relation_backward));
   m.impl("relation_reverse", TORCH_BOX(&relation_reverse));
+  m.impl("jad", TORCH_BOX(&jad));
+  m.impl("jad_backward", TORCH_BOX(&jad_backward));
+  m.impl("jad_column_mean", TORCH_BOX(&jad_column_mean));
+  m.impl("jad_column_mean_backward", TORCH_BOX(&jad_column_mean_backward));
 }
 
 }  // namespace

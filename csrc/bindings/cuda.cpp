@@ -53,7 +53,69 @@ std::tuple<Tensor, Tensor> knn(const Tensor& x, std::optional<Tensor> y, std::op
   return {tensors.idx, tensors.dist};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fer_kernels, CUDA, m) { m.impl("knn", TORCH_BOX(&knn)); }
+void check_relation_dtype(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.scalar_type() != ScalarType::Double, "relation: float64 is not supported on CUDA");
+}
+
+std::tuple<Tensor, Tensor, Tensor> relation(const Tensor& x, const Tensor& idx, std::optional<Tensor> y,
+                                            std::optional<Tensor> p, std::optional<Tensor> q, std::optional<Tensor> a,
+                                            std::optional<Tensor>, int64_t mode, double negative_slope,
+                                            bool return_weights, bool save_slots) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  check_relation_dtype(x);
+  const auto call =
+      fer::bindings::relation_forward(x, idx, y, p, q, a, mode, negative_slope, return_weights, save_slots);
+  check_launch("relation", fer::cuda::relation(call, current_stream(x)));
+  return {call.out_tensor, call.weights_tensor, call.slots_tensor};
+}
+
+// (B, N, k) of a tensor that has been checked to be idx, contiguous.
+Tensor sorted_by_key(const Tensor& idx, int64_t keys) {
+  const int64_t batch = idx.size(0), queries = idx.size(1), k = idx.size(2);
+  const Tensor reverse = torch::stable::new_empty(idx, {batch, keys + 1 + queries * k}, ScalarType::Int);
+  check_launch("relation_reverse", fer::cuda::relation_reverse(static_cast<const int64_t*>(idx.const_data_ptr()), batch,
+                                                               queries, keys, static_cast<int>(k),
+                                                               static_cast<int32_t*>(reverse.mutable_data_ptr()),
+                                                               current_stream(idx)));
+  return reverse;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relation_backward(
+    const Tensor& grad, std::optional<Tensor> grad_weights, std::optional<Tensor> x, const Tensor& idx,
+    std::optional<Tensor> y, std::optional<Tensor> p, std::optional<Tensor> q, std::optional<Tensor> a,
+    std::optional<Tensor> slots, std::optional<Tensor> reverse, int64_t keys, bool own_keys, int64_t mode,
+    double negative_slope, bool need_nodes, bool need_relation) {
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  check_relation_dtype(grad);
+  auto call = fer::bindings::relation_backward(grad, grad_weights, x, idx, y, p, q, a, slots, keys, own_keys, mode,
+                                               negative_slope, need_nodes, need_relation);
+  if (fer::cuda::relation_backward_needs_reverse(call)) {
+    STD_TORCH_CHECK(!reverse || (reverse->scalar_type() == ScalarType::Int && reverse->device() == grad.device() &&
+                                 fer::bindings::is_shape(*reverse, {call.batch, keys + 1 + call.queries * call.k})),
+                    "relation: reverse must be an int32 (B, M + 1 + N * k) on x's device");
+    // As scratch() says, what was built here may be freed when this function returns.
+    const Tensor given = reverse ? *reverse : sorted_by_key(torch::stable::contiguous(idx), keys);
+    call.reverse = static_cast<const int32_t*>(fer::bindings::contiguous_input(call, given));
+  }
+  const Tensor workspace = scratch(grad, fer::cuda::relation_backward_workspace_bytes(call));
+  check_launch("relation_backward",
+               fer::cuda::relation_backward(call, workspace.mutable_data_ptr(), current_stream(grad)));
+  return {call.dx_tensor, call.dy_tensor, call.dp_tensor, call.dq_tensor, call.da_tensor};
+}
+
+Tensor relation_reverse(const Tensor& idx, int64_t keys) {
+  const torch::stable::accelerator::DeviceGuard guard(idx.get_device_index());
+  STD_TORCH_CHECK(idx.dim() == 3 && idx.scalar_type() == ScalarType::Long && idx.size(2) >= 1 && idx.size(2) <= 128,
+                  "relation_reverse: idx must be an int64 (B, N, k) with k from 1 to 128");
+  return sorted_by_key(torch::stable::contiguous(idx), keys);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fer_kernels, CUDA, m) {
+  m.impl("knn", TORCH_BOX(&knn));
+  m.impl("relation", TORCH_BOX(&relation));
+  m.impl("relation_backward", TORCH_BOX(&relation_backward));
+  m.impl("relation_reverse", TORCH_BOX(&relation_reverse));
+}
 
 pybind11::dict build_info() {
   pybind11::dict info;

@@ -17,20 +17,6 @@ struct RelationBackwardCall : RelationBackward {
   Tensor dx_tensor, dy_tensor, dp_tensor, dq_tensor, da_tensor;
 };
 
-template <class Call>
-const void* relation_input(Call& call, const Tensor& tensor) {
-  call.inputs.push_back(torch::stable::contiguous(tensor));
-  return call.inputs.back().const_data_ptr();
-}
-
-inline bool is_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
-  if (t.dim() != static_cast<int64_t>(shape.size())) return false;
-  int64_t i = 0;
-  for (const int64_t size : shape)
-    if (t.size(i++) != size) return false;
-  return true;
-}
-
 // The Python front checks with better words; this keeps direct calls of torch.ops memory-safe. `like` is x
 // or the gradient of what x's node became.
 template <class Call>
@@ -51,29 +37,25 @@ void fill_relation(Call& call, const Tensor& like, const std::optional<Tensor>& 
   call.mode = static_cast<RelationMode>(mode);
   call.negative_slope = negative_slope;
   call.heads = 1, call.width = 0;
-  call.idx = static_cast<const int64_t*>(relation_input(call, idx));
+  call.idx = static_cast<const int64_t*>(contiguous_input(call, idx));
 
-  const auto belongs = [&](const Tensor& t) {
-    return t.scalar_type() == like.scalar_type() && t.device() == like.device();
-  };
   if (x) {
-    STD_TORCH_CHECK(belongs(*x) && is_shape(*x, {batch, queries, channels}), "relation: x must be (B, N, C)");
-    call.x = relation_input(call, *x);
-    STD_TORCH_CHECK(y ? belongs(*y) && is_shape(*y, {batch, keys, channels}) : keys == queries,
+    STD_TORCH_CHECK(is_like(*x, like, {batch, queries, channels}), "relation: x must be (B, N, C)");
+    call.x = contiguous_input(call, *x);
+    STD_TORCH_CHECK(y ? is_like(*y, like, {batch, keys, channels}) : keys == queries,
                     "relation: y must be (B, M, C) of x's dtype and device");
-    call.y = y ? relation_input(call, *y) : call.x;
+    call.y = y ? contiguous_input(call, *y) : call.x;
   }
   if (call.mode == RelationMode::mr) return;
-  STD_TORCH_CHECK(p && q && a && a->dim() == 2 && a->size(0) >= 1 && belongs(*p) && belongs(*q) && belongs(*a),
-                  "relation: this mode needs p, q and a of x's dtype and device");
+  STD_TORCH_CHECK(p && q && a && a->dim() == 2 && a->size(0) >= 1, "relation: this mode needs p, q and a");
   call.heads = a->size(0), call.width = a->size(1);
   const int64_t relation = call.heads * call.width;
-  STD_TORCH_CHECK(channels % call.heads == 0 && is_shape(*p, {batch, queries, relation}) &&
-                      is_shape(*q, {batch, keys, relation}),
-                  "relation: p must be (B, N, R), q (B, M, R), a (H, R / H), and H must divide C");
-  call.p = relation_input(call, *p);
-  call.q = relation_input(call, *q);
-  call.a = relation_input(call, *a);
+  STD_TORCH_CHECK(channels % call.heads == 0 && is_like(*p, like, {batch, queries, relation}) &&
+                      is_like(*q, like, {batch, keys, relation}) && is_like(*a, like, {call.heads, call.width}),
+                  "relation: p must be (B, N, R), q (B, M, R), a (H, R / H) of x's dtype and device, and H divide C");
+  call.p = contiguous_input(call, *p);
+  call.q = contiguous_input(call, *q);
+  call.a = contiguous_input(call, *a);
 }
 
 inline RelationForwardCall relation_forward(const Tensor& x, const Tensor& idx, const std::optional<Tensor>& y,
@@ -112,18 +94,17 @@ inline RelationBackwardCall relation_backward(const Tensor& grad, const std::opt
   fill_relation(call, grad, x, idx, y, p, q, a, keys, mode, negative_slope);
   call.own_keys = own_keys, call.need_nodes = need_nodes, call.need_relation = need_relation;
   const int64_t relation = call.heads * call.width;
-  call.grad = relation_input(call, grad);
+  call.grad = contiguous_input(call, grad);
   if (call.mode != RelationMode::rsum) {
     STD_TORCH_CHECK(slots && is_shape(*slots, {call.batch, call.queries, call.channels}) &&
                         slots->scalar_type() == ScalarType::Byte && slots->device() == grad.device(),
                     "relation: slots must be a uint8 (B, N, C): was the forward called with save_slots?");
-    call.slots = static_cast<const uint8_t*>(relation_input(call, *slots));
+    call.slots = static_cast<const uint8_t*>(contiguous_input(call, *slots));
   }
   if (grad_weights && call.mode != RelationMode::mr) {
-    STD_TORCH_CHECK(is_shape(*grad_weights, {call.batch, call.queries, call.k, call.heads}) &&
-                        grad_weights->scalar_type() == grad.scalar_type() && grad_weights->device() == grad.device(),
+    STD_TORCH_CHECK(is_like(*grad_weights, grad, {call.batch, call.queries, call.k, call.heads}),
                     "relation: the weights' gradient must be (B, N, k, H)");
-    call.grad_weights = relation_input(call, *grad_weights);
+    call.grad_weights = contiguous_input(call, *grad_weights);
   }
   using Shape = std::vector<int64_t>;
   const auto output = [&](bool wanted, Shape shape, Tensor& tensor, void*& pointer) {

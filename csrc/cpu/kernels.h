@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "fer/jad.h"
 #include "fer/knn.h"
 #include "fer/relation.h"
 
@@ -21,6 +22,17 @@ namespace fer::cpu {
   int64_t relation_backward_units(const RelationBackward& call);                                      \
   void relation_backward(const RelationBackward& call, double* da_parts, int64_t begin, int64_t end); \
   void relation_sum_parts(const RelationBackward& call, const double* da_parts);                      \
+  /* jad where jad_keeps_powers(call): heads [begin, end) of the B * H. means is (B, H, M). */        \
+  bool jad_keeps_powers(const JadForward& call);                                                      \
+  bool jad_wants_means(const JadForward& call);                                                       \
+  void jad_heads(const JadForward& call, void* means, int64_t begin, int64_t end);                    \
+  /* Otherwise, one after the other, in units of jad_chunks(call) a head: the means' parts, M a unit, */ \
+  /* where they are wanted; means and bias from them, or from null; the outputs. */                   \
+  int64_t jad_chunks(const JadForward& call);                                                         \
+  void jad_means(const JadForward& call, double* parts, int64_t begin, int64_t end);                  \
+  void jad_choose(const JadForward& call, const double* parts, void* means);                          \
+  void jad_outputs(const JadForward& call, const void* means, int64_t begin, int64_t end);            \
+  void jad_backward(const JadBackward& call, int64_t begin, int64_t end);                             \
   }
 
 FER_DECLARE_KERNELS(baseline)

@@ -16,13 +16,11 @@
 #include <memory>
 #include <utility>
 
-#include "simd.h"
+#include "product.h"
 
 namespace fer::cpu::FER_ISA {
 namespace {
 
-constexpr int kRows = FER_VECTOR_BYTES == 64 ? 14 : 6;  // query rows whose sums fill the registers
-constexpr int kPackedRows = (kRows + 3) / 4 * 4;         // row pitch of a packed query tile
 constexpr int kSweep = 256;                             // keys between two looks at the candidates
 constexpr int kCandidates = kSweep + kMaxNeighbours + 16;
 constexpr int64_t kBlockBytes = 640 << 10;  // packed keys a thread holds at once: most of a level-2 cache
@@ -71,52 +69,6 @@ Scale<A> row_scale(const T* row, int64_t channels, bool normalize) {
   return {inverse, square * inverse * inverse};
 }
 
-// Four rows of a vector of channels each, to packed[channel * pitch + row].
-template <class A>
-void store_transposed(Vec<A> a, Vec<A> b, Vec<A> d, Vec<A> e, int pitch, A* packed) {
-  const Vec<A> ab_low = shuffle_groups<A, 0, 4, 1, 5>(a, b), ab_high = shuffle_groups<A, 2, 6, 3, 7>(a, b);
-  const Vec<A> de_low = shuffle_groups<A, 0, 4, 1, 5>(d, e), de_high = shuffle_groups<A, 2, 6, 3, 7>(d, e);
-  // columns[i] holds channels i, 4 + i, 8 + i, ..., the four rows of each side by side.
-  const Vec<A> columns[4] = {
-      shuffle_groups<A, 0, 1, 4, 5>(ab_low, de_low), shuffle_groups<A, 2, 3, 6, 7>(ab_low, de_low),
-      shuffle_groups<A, 0, 1, 4, 5>(ab_high, de_high), shuffle_groups<A, 2, 3, 6, 7>(ab_high, de_high)};
-  [&]<int... n>(std::integer_sequence<int, n...>) {
-    (store_four<A>(packed + n * pitch, group<A, n / 4>(columns[n % 4])), ...);
-  }(std::make_integer_sequence<int, kLanes<A>>{});
-}
-
-// Writes rows[r][c] * scale[r] to packed[c' * pitch + r]; pitch is a multiple of 4. c' is c but for
-// the order in which load_pair_as() takes channels: the same for queries and keys, so no sum changes.
-template <class A, class T>
-void pack(const T* const* rows, const A* scale, int64_t channels, int pitch, A* packed) {
-  constexpr int lanes = kLanes<A>;
-  constexpr int64_t kChunk = 64;  // channels whose packed rows stay in the first-level cache while all rows pass
-  for (int64_t chunk = 0; chunk < channels; chunk += kChunk) {
-    const int64_t end = std::min(chunk + kChunk, channels);
-    for (int r = 0; r < pitch; r += 4) {
-      const T *p0 = rows[r], *p1 = rows[r + 1], *p2 = rows[r + 2], *p3 = rows[r + 3];
-      const A s0 = scale[r], s1 = scale[r + 1], s2 = scale[r + 2], s3 = scale[r + 3];
-      A* to = packed + chunk * pitch + r;
-      int64_t c = chunk;
-      if constexpr (lanes >= 4) {
-        for (; c + 2 * lanes <= end; c += 2 * lanes, to += 2 * lanes * pitch) {
-          const Pair<A> a = load_pair_as<A>(p0 + c), b = load_pair_as<A>(p1 + c);
-          const Pair<A> d = load_pair_as<A>(p2 + c), e = load_pair_as<A>(p3 + c);
-          store_transposed<A>(a.first * s0, b.first * s1, d.first * s2, e.first * s3, pitch, to);
-          store_transposed<A>(a.second * s0, b.second * s1, d.second * s2, e.second * s3, pitch, to + lanes * pitch);
-        }
-        for (; c + lanes <= end; c += lanes, to += lanes * pitch)
-          store_transposed<A>(load_as<A>(p0 + c) * s0, load_as<A>(p1 + c) * s1, load_as<A>(p2 + c) * s2,
-                              load_as<A>(p3 + c) * s3, pitch, to);
-      }
-      for (; c < end; ++c, to += pitch) {
-        to[0] = widen<A>(p0[c]) * s0, to[1] = widen<A>(p1[c]) * s1;
-        to[2] = widen<A>(p2[c]) * s2, to[3] = widen<A>(p3[c]) * s3;
-      }
-    }
-  }
-}
-
 // ---- the product ----
 
 template <class A>
@@ -130,22 +82,10 @@ struct Tile {
 
 template <class A, int R, int V>
 void distances_tile(const Tile<A>& t) {
-  Vec<A> sums[R][V] = {};
-  const A *queries = t.queries, *keys = t.keys;
-  for (int64_t c = 0; c < t.channels; ++c, queries += kPackedRows, keys += V * kLanes<A>) {
-    Vec<A> y[V];
-    for (int v = 0; v < V; ++v) y[v] = load(keys + v * kLanes<A>);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec<A> x = splat(queries[r]);
-      for (int v = 0; v < V; ++v) sums[r][v] += x * y[v];
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v)
-      store(t.distances + r * kSweep + v * kLanes<A>,
-            load(t.key_square + v * kLanes<A>) - A(2) * sums[r][v]);
+  product_tile<A, R, V, 1, kPackedRows>(
+      t.queries, t.keys, V * kLanes<A>, t.channels, nullptr, [&](int r, int v, Vec<A> sum) {
+        store(t.distances + r * kSweep + v * kLanes<A>, load(t.key_square + v * kLanes<A>) - A(2) * sum);
+      });
 }
 
 template <class A, int V>
@@ -304,12 +244,6 @@ class Worker {
   // The last few keys go to a panel of half the width, unless that is less than pack() can fill.
   static constexpr int panel_width(int keys) { return keys <= kLanes<A> && kLanes<A> >= 4 ? kLanes<A> : kPanel; }
 
-  // Pointers to `count` rows; the last stands in for the rest up to `pitch`, and what is computed
-  // from those is never looked at.
-  void point_at(const T* first, int count, int pitch, const T** rows) const {
-    for (int r = 0; r < pitch; ++r) rows[r] = first + std::min(r, count - 1) * call_.channels;
-  }
-
   void pack_keys(int64_t b, int64_t first, int64_t last) {
     if (packed_batch_ == b && packed_first_ == first) return;
     packed_batch_ = b;
@@ -320,7 +254,7 @@ class Worker {
       const int pitch = panel_width(count);
       A* scale = key_scale_.get() + j - first;
       A* square = key_square_.get() + j - first;
-      point_at(key_data_ + (b * call_.keys + j) * call_.channels, count, pitch, rows);
+      point_at(key_data_ + (b * call_.keys + j) * call_.channels, call_.channels, count, pitch, rows);
       for (int r = 0; r < count; ++r) {
         const Scale<A> of_row = row_scale<A>(rows[r], call_.channels, call_.normalize);
         scale[r] = of_row.inverse_norm;
@@ -345,7 +279,8 @@ class Worker {
   void tile(int64_t b, int64_t row, int count, int64_t block, int64_t block_end, int64_t kept_row) {
     const T* from[kPackedRows];
     A scale[kPackedRows], square[kPackedRows];
-    point_at(static_cast<const T*>(call_.x) + (b * call_.queries + row) * call_.channels, count, kPackedRows, from);
+    point_at(static_cast<const T*>(call_.x) + (b * call_.queries + row) * call_.channels, call_.channels, count,
+             kPackedRows, from);
     const bool known = one_block_ && !call_.y;  // these rows were keys a moment ago
     std::fill_n(scale, kPackedRows, A(1));
     for (int r = 0; r < count; ++r) {
@@ -453,12 +388,9 @@ class Worker {
 }  // namespace
 
 void knn(const KnnCall& call, int64_t begin, int64_t end) {
-  switch (call.dtype) {
-    case Dtype::f32: return Worker<float, float>(call).run(begin, end);
-    case Dtype::f64: return Worker<double, double>(call).run(begin, end);
-    case Dtype::bf16: return Worker<float, BFloat16>(call).run(begin, end);
-    case Dtype::f16: return Worker<float, Float16>(call).run(begin, end);
-  }
+  with_types(call.dtype, [&](auto accumulator, auto element) {
+    Worker<decltype(accumulator), decltype(element)>(call).run(begin, end);
+  });
 }
 
 }  // namespace fer::cpu::FER_ISA

@@ -21,11 +21,6 @@ constexpr int64_t kChunk = 64;     // channels of a unit in mode mr, which has n
 constexpr int64_t kQueries = 512;  // queries of a forward unit, so that few heads feed many threads
 constexpr int kTile = FER_VECTOR_BYTES == 64 ? 4 : 2;  // vectors of a row whose state fits the registers
 
-template <class A>
-constexpr int64_t padded(int64_t count) {
-  return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-}
-
 int64_t group_width(const RelationCall& call) {
   return call.mode == RelationMode::mr ? kChunk : call.channels / call.heads;
 }
@@ -444,17 +439,6 @@ class Backward : Group<A, T> {
   Buffer<A> alpha_grads_, score_grads_, q_sums_, p_sums_, a_sums_;
   Buffer<double> a_total_;  // a single sum over all edges would lose what few queries contribute
 };
-
-// Calls f with (accumulation type, element type) of this dtype.
-template <class F>
-void with_types(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::f32: return f(float{}, float{});
-    case Dtype::f64: return f(double{}, double{});
-    case Dtype::bf16: return f(float{}, BFloat16{});
-    case Dtype::f16: return f(float{}, Float16{});
-  }
-}
 
 }  // namespace
 

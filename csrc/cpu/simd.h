@@ -25,6 +25,8 @@
 #include <immintrin.h>
 #endif
 
+#include "fer/dtype.h"
+
 namespace fer::cpu::FER_ISA {
 namespace {
 
@@ -374,6 +376,25 @@ inline T narrow(From value) {
   } else {
     return value;
   }
+}
+
+// Calls f with (accumulation type, element type) of this dtype.
+template <class F>
+void with_types(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::f32: return f(float{}, float{});
+    case Dtype::f64: return f(double{}, double{});
+    case Dtype::bf16: return f(float{}, BFloat16{});
+    case Dtype::f16: return f(float{}, Float16{});
+  }
+}
+
+// ---- rows ----
+
+// `count` rounded up to whole vectors.
+template <class A>
+constexpr int64_t padded(int64_t count) {
+  return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
 // A row of input elements as accumulation type, filled up with zeros to `padded` (a multiple of the lanes).

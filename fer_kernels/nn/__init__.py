@@ -1,5 +1,6 @@
-"""Graph modules on (B, N, C) nodes: the dynamic graph of ViG and Face2Nodes, and their graph convolutions."""
+"""Modules on (B, N, C) nodes: dynamic graphs, graph convolutions, attention with joint attention dropping."""
 
+from .attention import JADAttention, JADBlock, drop_schedule
 from .conv import (
     CONVS,
     DynamicGraphConv,
@@ -22,12 +23,15 @@ __all__ = [
     "EdgeConv",
     "GINConv",
     "GroupedLinear",
+    "JADAttention",
+    "JADBlock",
     "MaxRelativeConv",
     "Projection",
     "RelationConv",
     "RelativePosition",
     "SAGEConv",
     "create_conv",
+    "drop_schedule",
     "interleave",
     "relative_position_table",
 ]

@@ -47,12 +47,14 @@ def _fake(x, idx, y, p, q, a, reverse, mode, negative_slope, return_weights, sav
 def _fake_backward(
     grad, grad_weights, x, idx, y, p, q, a, slots, reverse, keys, own_keys, mode, slope, nodes, relation
 ):
-    nothing = grad.new_empty(0)
-    dx = grad.new_empty(grad.shape) if nodes else nothing
-    dy = grad.new_empty((grad.shape[0], keys, grad.shape[2])) if nodes and not own_keys else nothing
-    if not relation:
-        return dx, dy, nothing, nothing, nothing
-    return dx, dy, grad.new_empty(p.shape), grad.new_empty(q.shape), grad.new_empty(a.shape)
+    def wanted(condition, *shape):  # a tensor of its own in any case: outputs must not share memory
+        return grad.new_empty(shape if condition else 0)
+
+    return (
+        wanted(nodes, *grad.shape),
+        wanted(nodes and not own_keys, grad.shape[0], keys, grad.shape[2]),
+        *(wanted(relation, *(t.shape if relation else ())) for t in (p, q, a)),
+    )
 
 
 def _fake_reverse(idx, keys):
@@ -67,7 +69,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     ctx.need_relation = any(ctx.needs_input_grad[3:6])
     ctx.constants = (mode, negative_slope, return_weights, save_slots)
     ctx.keys, ctx.own_keys = (x if y is None else y).shape[1], y is None
-    # Where the maximum came from is all that the nodes' gradient needs: their values matter to the relation only.
+    # The nodes' gradient needs to know where a maximum came from; only the relation's needs their values.
     nodes = (x, y) if ctx.need_relation else (None, None)
     ctx.save_for_backward(*nodes, idx, p, q, a, slots if save_slots else None, reverse)
 
@@ -229,11 +231,11 @@ def relation_aggregate(
 
     Gradients flow to x, y, p, q and a. That of a maximum goes to the first slot that attains it, on every
     backend alike. Arithmetic is in float32 (float64 for float64) and results are rounded once. NaN wins a
-    maximum and spreads through sums, as in torch.amax; a softmax over scores that are all -inf is NaN. An index
-    outside [0, M) raises on CPU tensors; for tensors on a GPU only under FER_KERNELS_CHECK=1, and otherwise
-    it is undefined. Results and gradients are bitwise reproducible, whatever the number of threads. Apart from the
-    reference, no backend stores an edge tensor (B, N, k, C) or (B, N, k, R); for backward it keeps one byte a
-    (node, channel) beyond its inputs. Second derivatives work; they are computed by the reference.
+    maximum and spreads through sums, as in torch.amax; a softmax over scores that are all -inf is NaN. An
+    index outside [0, M) raises on CPU tensors; for tensors on a GPU only under FER_KERNELS_CHECK=1, and
+    otherwise it is undefined. Results and gradients are bitwise reproducible, whatever the number of threads.
+    Apart from the reference, no backend stores an edge tensor (B, N, k, C) or (B, N, k, R); for backward it
+    keeps one byte a (node, channel) beyond its inputs. Second derivatives work; the reference computes them.
     """
     _check(x, idx, y, p, q, a, mode, negative_slope, return_weights, reverse)
     if idx.dtype != torch.int64:
@@ -274,7 +276,8 @@ def _check_idx(here: str, idx: Any) -> None:
         raise ValueError(f"{here}: idx must be (B, N, k), got {idx.dim()}-D {checks.shape(idx)}")
     if not 1 <= idx.shape[2] <= MAX_NEIGHBOURS:
         raise ValueError(
-            f"{here}: k must lie between 1 and {MAX_NEIGHBOURS}, got {idx.shape[2]} (idx: {checks.shape(idx)})"
+            f"{here}: k must lie between 1 and {MAX_NEIGHBOURS}, got {idx.shape[2]} "
+            f"(idx: {checks.shape(idx)})"
         )
 
 
@@ -342,7 +345,8 @@ def _check_heads(here: str, x: Tensor, p: Tensor, a: Any) -> None:
     checks.same_device(here, "a", a, "x", x)
     if a.dim() != 2 or a.shape[0] == 0 or a.shape[0] * a.shape[1] != p.shape[2]:
         raise ValueError(
-            f"{here}: a must be (H, R / H) with R = {p.shape[2]} as in p {checks.shape(p)}, got {checks.shape(a)}"
+            f"{here}: a must be (H, R / H) with R = {p.shape[2]} as in p {checks.shape(p)}, "
+            f"got {checks.shape(a)}"
         )
     if x.shape[2] % a.shape[0]:
         raise ValueError(

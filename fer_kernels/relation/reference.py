@@ -47,11 +47,16 @@ def scatter_add(size: int, dim: int, index: Tensor, values: Tensor) -> Tensor:
 
 
 def _softmax(p: Tensor, idx: Tensor, q: Tensor, a: Tensor, negative_slope: float):
-    """z (B, N, k, R) before the LeakyReLU; the softmax's numerator (B, N, k, H) and denominator (B, N, 1, H)."""
+    """z (B, N, k, R) before the LeakyReLU; the softmax's numerator (B, N, k, H) and denominator."""
     z = p.unsqueeze(2) + neighbours(q, idx)
     scores = (F.leaky_relu(z, negative_slope).unflatten(-1, a.shape) * a).sum(-1)
     powers = (scores - scores.detach().amax(2, keepdim=True)).exp()
     return z, powers, powers.sum(2, keepdim=True)
+
+
+def _factor(powers: Tensor, total: Tensor) -> Tensor:
+    """k * alpha. Equal powers sum to k exactly, so this is exactly 1 where a = 0."""
+    return powers * (total.new_full((), powers.shape[2]) / total)  # an int over a tensor rounds twice
 
 
 def relation(
@@ -76,12 +81,11 @@ def relation(
 
     if mode != MR:
         assert p is not None and q is not None and a is not None
-        k, heads = idx.shape[2], a.shape[0]
+        heads = a.shape[0]
         _, powers, total = _softmax(p.to(compute), idx, q.to(compute), a.to(compute), negative_slope)
         if return_weights:
             weights = (powers / total).to(x.dtype)
-        # Equal powers sum to k exactly, so k * alpha is exactly 1 where a = 0.
-        factor = powers * (k / total) if mode == RMR else powers / total
+        factor = _factor(powers, total) if mode == RMR else powers / total
         delta = (delta.unflatten(-1, (heads, -1)) * factor.unsqueeze(-1)).flatten(-2)
     if mode == RSUM:
         return delta.sum(2).to(x.dtype), weights, slots
@@ -109,11 +113,11 @@ def relation_backward(
     need_nodes: bool,
     need_relation: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x, y, p, q, a; an empty tensor for those not wanted. y's joins x's where the keys are x."""
+    """Gradients to x, y, p, q, a, empty where not wanted. y's joins x's where the keys are x."""
     dtype, compute = grad.dtype, accumulation_dtype(grad.dtype)
     channels, k = grad.shape[2], idx.shape[2]
     grad = grad.to(compute)
-    dx = dy = dp = dq = da = grad.new_empty(0)
+    dx, dy, dp, dq, da = (grad.new_empty(0) for _ in range(5))
     if need_relation:
         assert x is not None
         x = x.to(compute)
@@ -143,7 +147,7 @@ def relation_backward(
         if need_nodes:
             routed = grad
             if mode == RMR:
-                routed = grad * (powers * (k / total)).flatten(2).gather(2, place)
+                routed = grad * _factor(powers, total).flatten(2).gather(2, place)
             dx = -routed
             dy = scatter_add(keys, 1, key, routed)
         if need_relation:

@@ -34,7 +34,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
-struct uint2 {
+struct alignas(8) uint2 {
   unsigned x, y;
 };
 struct alignas(16) uint4 {
@@ -53,7 +53,7 @@ enum cudaError_t {
 };
 using cudaStream_t = struct CUstream_st*;
 
-inline uint3 threadIdx, blockIdx;
+inline uint3 threadIdx, blockIdx, blockDim;
 using std::max;
 using std::min;
 
@@ -75,6 +75,22 @@ inline float __half2float(__half value) {
                : exponent == 31 ? (fraction ? NAN : INFINITY)
                                 : std::ldexp(float(fraction + 1024), exponent - 25);
   return value.bits >> 15 ? -size : size;
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) return {0x7FFF};
+  return {uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+}
+inline __half __float2half_rn(float value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  if (value != value) return {0x7FFF};
+  const float size = std::fabs(value);
+  if (size >= 65520) return {uint16_t(sign | 0x7C00)};
+  int exponent;
+  std::frexp(std::max(size, 0x1p-14f), &exponent);  // below the least normal number the step stays
+  const auto steps = unsigned(std::nearbyint(std::ldexp(size, 11 - exponent)));
+  return {uint16_t(sign | (((exponent + 13) << 10) + steps))};  // a carry goes where it belongs
 }
 
 namespace fer_emulator {
@@ -266,6 +282,7 @@ inline cudaError_t launch(unsigned blocks, unsigned threads, size_t shared_bytes
   const SignalsAsErrors signals;
   machine.error.clear();
   machine.threads = threads;
+  blockDim = {threads, 1, 1};
   machine.shared = shared.data();
   machine.body = std::move(body);
   while (machine.fibers.size() < threads) machine.fibers.push_back(std::make_unique<Fiber>());
@@ -282,7 +299,9 @@ inline cudaError_t launch(unsigned blocks, unsigned threads, size_t shared_bytes
 }
 
 // ---------------------------------------------------------------------------------------------
-// The instructions of fer/tensor_core.h
+// The instructions of fer/tensor_core.h and of the kernels themselves
+
+inline float max_nan(float a, float b) { return a != a || b != b ? NAN : a > b ? a : b; }
 
 inline void land(const Copy& copy) {
   if (copy.source) {
@@ -406,3 +425,11 @@ T __shfl_up_sync(unsigned, T value, int distance) {
   const int lane = fer_emulator::machine.current % 32;
   return fer_emulator::brought<T>(slots, lane >= distance ? lane - distance : lane);
 }
+inline unsigned __match_any_sync(unsigned lanes, int value) {
+  if (lanes != 0xFFFFFFFFu) fer_emulator::fail("only whole warps are emulated");
+  const auto* slots = fer_emulator::exchange("__match_any_sync", value);
+  unsigned peers = 0;
+  for (int lane = 0; lane < 32; ++lane) peers |= unsigned(fer_emulator::brought<int>(slots, lane) == value) << lane;
+  return peers;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }

@@ -1,6 +1,6 @@
-"""csrc/cuda/knn.cu on the host emulator, against a stable sort in numpy.
+"""The CUDA kernels on the host emulator: knn against a stable sort in numpy, relation against its reference.
 
-The emulator (cuda_emulator.h) runs the kernel's own code, so what is tested here is all of it but
+The emulator (cuda_emulator.h) runs the kernels' own code, so what is tested here is all of it but
 the compiler and the hardware: indexing, barriers, copies, tensor-core layouts, selection, ties.
 """
 
@@ -15,26 +15,34 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
+
+from fer_kernels.relation import reference
+from fer_kernels.relation.reference import MODES, MR, RMR, RSUM
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DTYPES = {"f32": 0, "bf16": 2, "f16": 3}  # fer::Dtype
 EPSILON = float(np.finfo(np.float32).eps)
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
+def build(name: str, folder: pathlib.Path) -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler: neither CXX nor g++")
-    target = tmp_path_factory.mktemp("emulated") / "knn.so"
+    target = folder / f"{name}.so"
     command = [compiler, "-x", "c++", "-std=c++20", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing"]
     command += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-ffp-contract=off"]
     command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DFER_EMULATED_CUDA"]
     command += [f"-I{ROOT / part}" for part in ("tests/build/emulator", "csrc/include", "csrc/cuda")]
-    command += [str(ROOT / "tests/build/knn_emulated.cpp"), "-o", str(target)]
+    command += [str(ROOT / f"tests/build/{name}.cpp"), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(target))
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    return build("knn_emulated", tmp_path_factory.mktemp("emulated"))
 
 
 def to_bits(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -371,3 +379,397 @@ def test_no_distances(library):
     idx, dist = knn(library, x, 4, 2, "bf16", distances=False)
     assert dist is None
     np.testing.assert_array_equal(idx, oracle(x, 4, 2)[0])
+
+
+# ---------------------------------------------------------------------------------------------
+# relation
+
+TORCH_DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # fer::Dtype
+SLOPE = 0.25  # exact, so that integers stay so
+
+
+class RelationCall(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "queries", "keys", "channels", "heads", "width")),
+        *((name, ctypes.c_int) for name in ("k", "dtype", "mode")),
+        ("negative_slope", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("idx", "x", "y", "p", "q", "a")),
+    ]
+
+
+class RelationForward(RelationCall):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("out", "weights", "slots")]
+
+
+class RelationBackward(RelationCall):
+    _fields_ = [
+        *((name, ctypes.c_bool) for name in ("own_keys", "need_nodes", "need_relation")),
+        *((name, ctypes.c_void_p) for name in ("grad", "grad_weights", "slots", "reverse")),
+        *((name, ctypes.c_void_p) for name in ("dx", "dy", "dp", "dq", "da")),
+    ]
+
+
+@pytest.fixture(scope="session")
+def relation_library(tmp_path_factory):
+    return build("relation_emulated", tmp_path_factory.mktemp("emulated"))
+
+
+def address(tensor):
+    return None if tensor is None else tensor.data_ptr()
+
+
+def run_emulated(function, *arguments):
+    message = ctypes.create_string_buffer(200)
+    code = function(*arguments, message, ctypes.c_int64(len(message)))
+    assert code == 0, f"error {code}: {message.value.decode()}"
+
+
+class Graph:
+    """One call's tensors; `own` takes the keys from the centres."""
+
+    def __init__(self, make, mode, batch, queries, keys, channels, k, heads=1, width=4, dtype=torch.float32,
+                 own=False, seed=0):  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+        self.mode, self.dtype, self.k, self.own = mode, dtype, k, own
+        self.keys = queries if own else keys
+        self.x = make(generator, batch, queries, channels).to(dtype)
+        self.y = None if own else make(generator, batch, keys, channels).to(dtype)
+        self.idx = torch.randint(0, self.keys, (batch, queries, k), generator=generator)
+        self.p = self.q = self.a = None
+        self.heads, self.width = 1, 0
+        if mode != MR:
+            self.heads, self.width = heads, width
+            self.p = make(generator, batch, queries, heads * width).to(dtype)
+            self.q = make(generator, batch, self.keys, heads * width).to(dtype)
+            self.a = make(generator, heads, width).to(dtype)
+        self.grad = make(generator, batch, queries, channels).to(dtype)
+        self.grad_weights = None
+        if mode != MR and seed % 2:
+            self.grad_weights = make(generator, batch, queries, k, self.heads).to(dtype)
+
+    def tensors(self):
+        return self.x, self.idx, self.y, self.p, self.q, self.a
+
+    def cast(self, dtype):
+        return [t if t is None or not t.is_floating_point() else t.to(dtype) for t in self.tensors()]
+
+    def fill(self, call):
+        call.batch, call.queries, call.channels = self.x.shape
+        call.keys, call.k, call.heads, call.width = self.keys, self.k, self.heads, self.width
+        call.dtype, call.mode, call.negative_slope = TORCH_DTYPES[self.dtype], self.mode, SLOPE
+        for name in ("idx", "x", "y", "p", "q", "a"):
+            setattr(call, name, address(getattr(self, name)))
+        call.y = call.y or call.x
+        return call
+
+
+def relation_forward(library, graph, *, slots=True, weights=True, seed=0, shift=0):
+    out = torch.empty_like(graph.x)
+    winners = torch.empty(graph.x.shape, dtype=torch.uint8) if slots and graph.mode != RSUM else None
+    alpha = graph.x.new_empty((*graph.idx.shape, graph.heads)) if weights and graph.mode != MR else None
+    call = graph.fill(RelationForward())
+    call.out, call.weights, call.slots = address(out), address(alpha), address(winners)
+    run_emulated(library.relation_emulated, ctypes.byref(call), ctypes.c_uint64(seed), ctypes.c_int64(shift))
+    return out, alpha, winners
+
+
+def relation_reverse(library, idx, keys, *, seed=0):
+    batch, queries, k = idx.shape
+    reverse = torch.empty((batch, keys + 1 + queries * k), dtype=torch.int32)
+    run_emulated(
+        library.relation_reverse_emulated, ctypes.c_void_p(address(idx)),
+        *map(ctypes.c_int64, (batch, queries, keys)), ctypes.c_int(k), ctypes.c_void_p(address(reverse)),
+        ctypes.c_uint64(seed),
+    )  # fmt: skip
+    return reverse
+
+
+def relation_backward(library, graph, slots, reverse, *, nodes=True, relation=True, seed=0, shift=0):
+    relation = relation and graph.mode != MR
+    like = [
+        graph.x if nodes else None,
+        graph.y if nodes and not graph.own else None,
+        *((t if relation else None) for t in (graph.p, graph.q, graph.a)),
+    ]
+    outputs = [None if t is None else torch.empty_like(t) for t in like]
+    call = graph.fill(RelationBackward())
+    call.own_keys, call.need_nodes, call.need_relation = graph.own, nodes, relation
+    if not relation:
+        call.x = call.y = None
+    call.grad, call.grad_weights = address(graph.grad), address(graph.grad_weights)
+    call.slots, call.reverse = address(slots), address(reverse)
+    call.dx, call.dy, call.dp, call.dq, call.da = map(address, outputs)
+    run_emulated(
+        library.relation_backward_emulated, ctypes.byref(call), ctypes.c_uint64(seed), ctypes.c_int64(shift)
+    )
+    return outputs
+
+
+def wanted_forward(graph, dtype):
+    return reference.relation(
+        *graph.cast(dtype), None, graph.mode, SLOPE, graph.mode != MR, graph.mode != RSUM
+    )
+
+
+def wanted_backward(graph, slots, dtype):
+    x, idx, y, p, q, a = graph.cast(dtype)
+    weights = None if graph.grad_weights is None else graph.grad_weights.to(dtype)
+    found = reference.relation_backward(
+        graph.grad.to(dtype), weights, x, idx, y, p, q, a, slots, None,
+        graph.keys, graph.own, graph.mode, SLOPE, True, graph.mode != MR,
+    )  # fmt: skip
+    return [None if t.shape[0] == 0 and t.dim() == 1 else t for t in found]
+
+
+def check_equal(got, want):
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def check_near(got, want, terms):
+    """`want` in float64; `terms` roundings in float32 at its largest size, then one to `got`'s dtype."""
+    scale = 1.0 if want.numel() == 0 else max(1.0, float(want.abs().max()))
+    slack = terms * EPSILON * scale
+    one_rounding = 0.0 if got.dtype == torch.float32 else torch.finfo(got.dtype).eps / 2
+    bound = slack + one_rounding * (want.abs() + slack) + torch.finfo(got.dtype).tiny
+    assert got.shape == want.shape
+    assert bool(((got.double() - want).abs() <= bound).all())
+
+
+def few_integers(generator, *shape):
+    """Many ties."""
+    return torch.randint(-2, 3, shape, generator=generator).float()
+
+
+def real(generator, *shape):
+    return torch.randn(shape, generator=generator)
+
+
+def check_winners(graph, slots):
+    """Each maximum lies within rounding of the largest candidate."""
+    x, idx, y, p, q, a = graph.cast(torch.float64)
+    delta = reference.neighbours(x if y is None else y, idx) - x.unsqueeze(2)
+    if graph.mode == RMR:
+        _, powers, total = reference._softmax(p, idx, q, a, SLOPE)
+        factor = graph.k * powers / total
+        delta = (delta.unflatten(-1, (graph.heads, -1)) * factor.unsqueeze(-1)).flatten(-2)
+    chosen = delta.gather(2, slots.long().unsqueeze(2)).squeeze(2)
+    assert bool((delta.amax(2) - chosen <= 100 * EPSILON * (1 + delta.abs().amax(2))).all())
+
+
+def check_relation(library, graph, seed=0, shift=0):
+    """Everything against the reference: in float64, or exactly where nothing rounds."""
+    out, alpha, slots = relation_forward(library, graph, seed=seed, shift=shift)
+    if graph.mode == MR:
+        want, _, want_slots = wanted_forward(graph, graph.dtype)
+        check_equal(out, want)
+        check_equal(slots, want_slots)
+    else:
+        want, want_alpha, _ = wanted_forward(graph, torch.float64)
+        terms = 8 * (graph.k + graph.width + 8)
+        check_near(out, want, terms)
+        check_near(alpha, want_alpha, terms)
+        if slots is not None:
+            check_winners(graph, slots)
+    plain, _, _ = relation_forward(library, graph, slots=False, weights=False, seed=seed, shift=shift)
+    assert plain.tolist() == out.tolist()  # equal, and no NaN
+
+    reverse = relation_reverse(library, graph.idx, graph.keys, seed=seed)
+    check_equal(reverse, reference.reverse_graph(graph.idx, graph.keys))
+    found = relation_backward(library, graph, slots, reverse, seed=seed, shift=shift)
+    wanted = wanted_backward(graph, slots, torch.float64)
+    terms = 16 * (graph.k + graph.width + graph.x.shape[2] + 16) + graph.idx[0].numel() // 4
+    for got, want in zip(found, wanted, strict=True):
+        assert (got is None) == (want is None)
+        if got is not None:
+            check_near(got, want, terms)
+    return out, alpha, slots, reverse, found
+
+
+# Units of 8, 4 and 1 channels and relation elements; groups of one head and of several; chunks.
+RELATION_SIZES = [  # N, M, C, k, H, R / H
+    (20, 20, 32, 9, 4, 12),
+    (33, 12, 48, 4, 4, 3),
+    (9, 40, 30, 5, 3, 4),
+    (17, 23, 24, 3, 2, 8),
+    (12, 12, 200, 6, 1, 80),
+    (7, 11, 21, 18, 7, 5),
+    (5, 6, 1, 2, 1, 1),
+    (6, 150, 16, 128, 2, 2),
+    (1, 1, 8, 1, 2, 0),
+]
+
+
+@pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
+@pytest.mark.parametrize("mode", [MR, RMR, RSUM], ids=MODES)
+@pytest.mark.parametrize("sizes", RELATION_SIZES, ids=str)
+def test_relation(relation_library, sizes, mode, dtype):
+    queries, keys, channels, k, heads, width = sizes
+    own = queries == keys and dtype != torch.float16
+    graph = Graph(real, mode, 2, queries, keys, channels, k, heads, width, dtype, own=own, seed=k)
+    check_relation(relation_library, graph, seed=channels)
+
+
+@pytest.mark.parametrize("mode", [RMR, RSUM])
+@pytest.mark.parametrize("channels", [40, 6])
+def test_relation_of_zero_scores_exactly(relation_library, mode, channels):
+    """k a power of two and a = 0: weights of exactly 1 / k, so integers stay integers and ties are many."""
+    graph = Graph(few_integers, mode, 2, 30, 20, channels, 8, 2, 4, torch.bfloat16, seed=4)
+    graph.a.zero_()
+    out, alpha, slots = relation_forward(relation_library, graph)
+    for got, want in zip((out, alpha), wanted_forward(graph, graph.dtype)[:2], strict=True):
+        check_equal(got, want)
+    if mode == RMR:
+        plain = Graph(few_integers, MR, 1, 1, 1, 1, 1)
+        plain.__dict__.update(graph.__dict__, mode=MR, p=None, q=None, a=None, heads=1, width=0)
+        same, _, same_slots = relation_forward(relation_library, plain)
+        check_equal(out, same)
+        check_equal(slots, same_slots)
+        check_equal(slots, wanted_forward(graph, graph.dtype)[2])
+    reverse = relation_reverse(relation_library, graph.idx, graph.keys)
+    found = relation_backward(relation_library, graph, slots, reverse)
+    for got, want in zip(found, wanted_backward(graph, slots, graph.dtype), strict=True):
+        check_equal(got, want)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
+def test_max_relative_exactly(relation_library, dtype, own):
+    graph = Graph(few_integers, MR, 2, 40, 25, 24, 9, dtype=dtype, own=own)
+    _, _, slots, reverse, _ = check_relation(relation_library, graph)
+    found = relation_backward(relation_library, graph, slots, reverse)
+    for got, want in zip(found, wanted_backward(graph, slots, dtype), strict=True):
+        assert (got is None) == (want is None)
+        if got is not None:
+            check_equal(got, want)
+
+
+@pytest.mark.parametrize("mode", [MR, RMR, RSUM], ids=MODES)
+@pytest.mark.parametrize("channels", [16, 5])
+def test_relation_keeps_nan(relation_library, mode, channels):
+    """The first NaN wins a maximum and stays; infinities of both signs make more of them."""
+    graph = Graph(few_integers, mode, 2, 30, 30, channels, 8, 1, 4, own=mode == MR, seed=2)
+    spoilt = graph.x if graph.own else graph.y
+    generator = torch.Generator().manual_seed(channels)
+    for value, share in ((float("nan"), 0.1), (float("inf"), 0.1), (float("-inf"), 0.1)):
+        spoilt[torch.rand(spoilt.shape, generator=generator) < share] = value
+        graph.x[0, :, 0] = value
+    if mode != MR:
+        graph.a.zero_()
+        graph.p[1, 3] = float("nan")
+    got = relation_forward(relation_library, graph)
+    want = wanted_forward(graph, graph.dtype)
+    check_equal(got[0], want[0])
+    if mode != RSUM:
+        check_equal(got[2], want[2])
+    if mode != MR:
+        check_equal(got[1], want[1])
+    check_equal(relation_forward(relation_library, graph, slots=False)[0], want[0])
+
+
+def test_scores_of_minus_infinity_are_nan(relation_library):
+    graph = Graph(real, RMR, 1, 4, 6, 8, 3, 2, 4)
+    graph.a[0] = 1.0
+    graph.p[0, 1, :4] = float("-inf")
+    out, alpha, slots = relation_forward(relation_library, graph)
+    assert bool(out[0, 1, :4].isnan().all()) and bool(alpha[0, 1, :, 0].isnan().all())
+    assert not out[0, 1, 4:].isnan().any() and not out[0, 0].isnan().any()
+    assert slots[0, 1, :4].tolist() == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "k"),
+    [(40, 767, 5), (40, 768, 5), (61, 769, 5), (150, 4100, 9), (600, 3, 16), (1, 9, 1)],
+)
+def test_reverse_graph(relation_library, queries, keys, k):
+    """Keys of one range and of several, empty keys, all edges at one key."""
+    idx = torch.randint(0, keys, (2, queries, k), generator=torch.Generator().manual_seed(keys))
+    idx[1] = keys // 2
+    check_equal(relation_reverse(relation_library, idx, keys, seed=k), reference.reverse_graph(idx, keys))
+
+
+@pytest.mark.parametrize("mode", [MR, RMR, RSUM], ids=MODES)
+def test_relation_of_many_keys_and_of_many_queries(relation_library, mode):
+    check_relation(relation_library, Graph(real, mode, 1, 13, 1700, 8, 4, 2, 4, torch.bfloat16))
+    check_relation(relation_library, Graph(real, mode, 1, 700, 10, 8, 4, 2, 4, torch.bfloat16))
+
+
+def test_many_heads(relation_library):
+    """More than one block has room for, of a single channel each."""
+    check_relation(relation_library, Graph(real, RMR, 1, 3, 5, 130, 100, 130, 1))
+    check_relation(relation_library, Graph(real, RSUM, 1, 3, 5, 130, 100, 130, 1))
+
+
+@pytest.mark.parametrize("rows", [260, 300])
+def test_da_of_many_blocks(relation_library, rows):
+    """More partial sums than one block of the last kernel adds up."""
+    check_relation(relation_library, Graph(real, RSUM, rows, 2, 2, 4, 2, 1, 4, own=True))
+
+
+@pytest.mark.parametrize("mode", [MR, RMR, RSUM], ids=MODES)
+@pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
+def test_relation_in_unaligned_memory(relation_library, mode, dtype):
+    graph = Graph(real, mode, 1, 10, 14, 16, 4, 2, 8, dtype)
+    check_relation(relation_library, graph, shift=4 if dtype == torch.float32 else 2)
+
+
+@pytest.mark.parametrize("mode", [MR, RMR, RSUM], ids=MODES)
+def test_relation_writes_what_is_wanted_only(relation_library, mode):
+    graph = Graph(real, mode, 2, 15, 15, 16, 4, 2, 4, own=True, seed=1)
+    _, _, slots, reverse, everything = check_relation(relation_library, graph)
+    nodes = relation_backward(relation_library, graph, slots, reverse, relation=False)
+    relation = relation_backward(relation_library, graph, slots, reverse, nodes=False)
+    for got, want in zip((nodes[0], *relation[2:]), (everything[0], *everything[2:]), strict=True):
+        if want is not None:
+            assert got.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("mode", [MR, RMR, RSUM], ids=MODES)
+def test_wrong_indices_slots_and_reverse_reach_no_other_memory(relation_library, mode):
+    """The results mean nothing; the fences around every array are the test."""
+    graph = Graph(real, mode, 2, 12, 9, 16, 5, 2, 4)
+    graph.idx[:] = torch.tensor([-1, 9, 2**40, -(2**63), 2**63 - 1])
+    _, _, slots = relation_forward(relation_library, graph)
+    reverse = relation_reverse(relation_library, graph.idx, graph.keys)
+    sorted_edges = reverse[:, graph.keys + 1 :].sort(1).values
+    check_equal(sorted_edges, torch.arange(60, dtype=torch.int32).expand(2, -1))
+    if slots is not None:
+        slots.fill_(255)
+    for value in (-(2**31), -1, 59, 60, 2**31 - 1):
+        relation_backward(relation_library, graph, slots, reverse.fill_(value))
+    reverse[:, : graph.keys + 1] = torch.tensor([0, 2**31 - 1] * 5)
+    relation_backward(relation_library, graph, slots, reverse)
+
+
+@pytest.mark.parametrize("mode", [MR, RMR, RSUM], ids=MODES)
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys", "channels"), [(0, 5, 4, 8), (2, 0, 4, 8), (2, 0, 0, 8), (2, 5, 4, 0)]
+)
+def test_empty_relation(relation_library, mode, batch, queries, keys, channels):
+    graph = Graph(real, mode, batch, queries, max(keys, 1), channels, 2, 2, 4, seed=1)
+    if keys == 0:
+        graph.keys = 0
+        graph.y = graph.y[:, :0]
+        graph.q = None if graph.q is None else graph.q[:, :0].contiguous()
+    out, _, slots = relation_forward(relation_library, graph)
+    reverse = relation_reverse(relation_library, graph.idx, graph.keys)
+    check_equal(reverse, reference.reverse_graph(graph.idx, graph.keys))
+    found = relation_backward(relation_library, graph, slots, reverse)
+    assert out.shape == graph.x.shape
+    if queries == 0 or batch == 0:
+        assert all(got is None or not got.any() for got in found)
+    elif mode != MR:
+        for got, want in zip(found[2:], wanted_backward(graph, slots, torch.float64)[2:], strict=True):
+            check_near(got, want, 200)
+
+
+@pytest.mark.parametrize("mode", [MR, RMR, RSUM], ids=MODES)
+def test_thread_order_does_not_matter_to_relation(relation_library, mode):
+    graph = Graph(real, mode, 1, 70, 50, 72, 9, 2, 20, torch.bfloat16, seed=1)
+    runs = []
+    for seed in range(4):
+        out, alpha, slots = relation_forward(relation_library, graph, seed=seed)
+        reverse = relation_reverse(relation_library, graph.idx, graph.keys, seed=seed)
+        found = relation_backward(relation_library, graph, slots, reverse, seed=seed)
+        runs.append([t for t in (out, alpha, slots, reverse, *found) if t is not None])
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
