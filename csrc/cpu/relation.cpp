@@ -43,6 +43,26 @@ void for_each_tile(int64_t width, F f) {
   if (rest == 1) f(std::integral_constant<int, 1>{}, c);
 }
 
+// A sum that carries what each addition rounds away: an error of a softmax's total or of the mean in its
+// gradient is the same for all neighbours, and grows with k in da.
+template <class A>
+class ExactSum {
+ public:
+  void add(Vec<A> value) {
+    const Vec<A> sum = sum_ + value, added = sum - sum_;
+    lost_ += (sum_ - (sum - added)) + (value - added);
+    sum_ = sum;
+  }
+  // Not lost_ where the sum is infinite: it is NaN there.
+  Vec<A> value() const {
+    const Vec<A> both = sum_ + lost_;
+    return lost_ == lost_ ? both : sum_;
+  }
+
+ private:
+  Vec<A> sum_ = {}, lost_ = {};
+};
+
 // What forward and backward share: one sample's group of channels, and the softmax of its scores.
 template <class A, class T>
 class Group {
@@ -97,12 +117,13 @@ class Group {
       store(power_.get() + s * lanes, score);
       largest = s == 0 || score > largest ? score : largest;
     }
-    total_ = Vec<A>{};
+    ExactSum<A> total;
     for (int s = 0; s < call_.k; ++s) {
       const Vec<A> power = exponential(load(power_.get() + s * lanes) - largest);
       store(power_.get() + s * lanes, power);
-      total_ += power;
+      total.add(power);
     }
+    total_ = total.value();
     // Equal powers sum to k exactly, so the factor of rmr is exactly 1 where a = 0.
     const Vec<A> scale = splat(call_.mode == RelationMode::rmr ? static_cast<A>(call_.k) : A(1)) / total_;
     for (int s = 0; s < call_.k; ++s) store(factor_.get() + s * lanes, load(power_.get() + s * lanes) * scale);
@@ -362,13 +383,16 @@ class Backward : Group<A, T> {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         const int64_t at = offsets_[s] + c + v * lanes;
-        const Vec<A> mine = kMax ? (slot[v] == splat<Int<A>>(s) ? grad[v] : Vec<A>{}) : grad[v];
+        // Chosen after the products, so that a factor or a neighbour of NaN stays with the slot that won.
+        const auto chosen = [&](Vec<A> value) {
+          return kMax ? (slot[v] == splat<Int<A>>(s) ? value : Vec<A>{}) : value;
+        };
         if (kNodes) {
-          const Vec<A> edge = kWeighted ? factor * mine : mine;
+          const Vec<A> edge = chosen(kWeighted ? factor * grad[v] : grad[v]);
           routed[v] += edge;
           store(node_sums_.get() + at, load(node_sums_.get() + at) + edge);
         }
-        if (kRelation) to_weight += mine * (load(y_.get() + at) - x[v]);
+        if (kRelation) to_weight += chosen(grad[v] * (load(y_.get() + at) - x[v]));
       }
       if (kRelation) {
         A* to = alpha_grads_.get() + (s * kQ + lane) * lanes;
@@ -390,18 +414,19 @@ class Backward : Group<A, T> {
   void scores(int64_t first, int count) {
     constexpr int lanes = kLanes<A>;
     const A slots = call_.mode == RelationMode::rmr ? static_cast<A>(call_.k) : A(1);
-    Vec<A> mean = {};
+    ExactSum<A> sum;
     for (int s = 0; s < call_.k; ++s) {
       Vec<A>* parts = reinterpret_cast<Vec<A>*>(alpha_grads_.get() + s * kQ * lanes);
-      for (int t = count; t < kQ; ++t) parts[t] = Vec<A>{};
+      for (int t = width_ == 0 ? 0 : count; t < kQ; ++t) parts[t] = Vec<A>{};
       Vec<A> grad = splat(slots) * total_of_each<A>(parts);
       if (backward_.grad_weights) {
         const T* from = this->row(static_cast<const T*>(backward_.grad_weights), first, call_.k * call_.heads);
         for (int t = 0; t < count; ++t) grad[t] += widen<A>(from[(t * call_.k + s) * call_.heads + group_]);
       }
       store(score_grads_.get() + s * lanes, grad);
-      mean += load(power_.get() + s * lanes) / total_ * grad;
+      sum.add(load(power_.get() + s * lanes) / total_ * grad);
     }
+    const Vec<A> mean = sum.value();
     for (int s = 0; s < call_.k; ++s) {
       A* grad = score_grads_.get() + s * lanes;
       store(grad, load(power_.get() + s * lanes) / total_ * (load(grad) - mean));
