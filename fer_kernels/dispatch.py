@@ -61,6 +61,8 @@ class Operator:
 
     def not_supported_reasons(self, backend: str, *tensors: torch.Tensor | None) -> list[str]:
         """Every reason why `backend` cannot take a call on these tensors; empty where it can."""
+        if backend not in self.dtypes:
+            return [f"there is no such kernel, only {', '.join(self.dtypes)}"]
         reasons = platform_problems(backend)
         device = next(t.device.type for t in tensors if t is not None)
         if backend == "cpu" and device != "cpu":
@@ -200,7 +202,7 @@ def define(
             )
         overloads[backend] = getattr(torch.ops.fer_kernels, name).default
     compiled = overloads.pop("compiled")
-    overloads |= {"cpu": compiled, "cuda": compiled}
+    overloads |= {backend: compiled for backend in ("cpu", "cuda") if backend in operator.dtypes}
     if not suffix:
         operator.registered.update(overloads)
         OPERATORS[operator.name] = operator

@@ -21,7 +21,6 @@ OPERATOR = dispatch.Operator(
         "reference": checks.FLOATING,
         "cpu": checks.FLOATING,
         "triton": (torch.float32, *_HALF),
-        "cuda": (torch.float32, *_HALF),
     },
 )
 JOINT_OVER = ("query", "head")
@@ -285,7 +284,7 @@ def jad_attention(
             None draws it from `generator`.
         generator: where noise comes from; None is torch's own of q's device.
         return_stats: also return `JADStats`.
-        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
         out (B, H, N, D) in q's dtype, and with return_stats the statistics.
@@ -357,7 +356,7 @@ def attention_column_mean(
         q: queries (B, H, N, D), D at most 256; float32, bfloat16, float16 (float64 on reference and cpu).
         k: keys (B, H, M, D) of the same dtype and device.
         scale: of the scores; None is D ** -0.5.
-        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
         (B, H, M) float32 (float64 for float64). A head's means sum to 1.
