@@ -51,6 +51,13 @@ def run(*command: object, cwd: Path, expect: int = 0, **settings: str) -> str:
     return done.stdout
 
 
+def build(kind: str, tree: Path, into: Path | None = None, expect: int = 0, **settings: str) -> str:
+    """`python -m build` of an sdist or a wheel with what is installed; without `into` below the tree."""
+    where = ["--outdir", into] if into else []
+    options = [f"--{kind}", "--no-isolation", "--skip-dependency-check", *where]
+    return run(sys.executable, "-m", "build", *options, cwd=tree, expect=expect, **settings)
+
+
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory) -> Path:
     """The source tree as an sdist, unpacked: what every build below starts from."""
@@ -70,16 +77,10 @@ def sdist(tmp_path_factory) -> Path:
         "runs",
     )
     shutil.copytree(ROOT, tree, ignore=ignore)
-    run(
-        sys.executable,
-        "-m",
-        "build",
-        "--sdist",
-        "--no-isolation",
-        "--skip-dependency-check",
-        "--outdir",
+    build(
+        "sdist",
+        tree,
         folder,
-        cwd=tree,
     )
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
@@ -90,16 +91,10 @@ def sdist(tmp_path_factory) -> Path:
 def build_wheel(sdist: Path, folder: Path, **settings: str) -> tuple[Path, str]:
     tree = folder / "tree"
     shutil.copytree(sdist, tree)
-    log = run(
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--skip-dependency-check",
-        "--outdir",
+    log = build(
+        "wheel",
+        tree,
         folder,
-        cwd=tree,
         **settings,
     )
     (wheel,) = folder.glob("*.whl")
@@ -196,14 +191,9 @@ def test_without_any_compiled_module(sdist, tmp_path):
 
 def test_force_cuda_without_a_toolkit_fails(sdist, tmp_path):
     shutil.copytree(sdist, tmp_path / "tree")
-    log = run(
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--skip-dependency-check",
-        cwd=tmp_path / "tree",
+    log = build(
+        "wheel",
+        tmp_path / "tree",
         expect=1,
         FORCE_CUDA="1",
         CUDA_HOME=str(tmp_path / "none"),
@@ -214,14 +204,9 @@ def test_force_cuda_without_a_toolkit_fails(sdist, tmp_path):
 
 def test_no_compiler_says_what_to_do(sdist, tmp_path):
     shutil.copytree(sdist, tmp_path / "tree")
-    log = run(
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--skip-dependency-check",
-        cwd=tmp_path / "tree",
+    log = build(
+        "wheel",
+        tmp_path / "tree",
         expect=1,
         CXX="no-such-compiler",
         FER_KERNELS_SKIP_CUDA="1",
@@ -311,29 +296,18 @@ def test_a_failing_cuda_compile_leaves_the_rest(sdist, tmp_path):
     shutil.copytree(sdist, tree)
     with open(tree / "csrc" / "cuda" / "knn.cu", "a") as source:
         source.write("\nthis is no C++\n")
-    log = run(
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--skip-dependency-check",
-        "--outdir",
+    log = build(
+        "wheel",
+        tree,
         tmp_path,
-        cwd=tree,
         CUDA_HOME=NVCC,
         TORCH_CUDA_ARCH_LIST="9.0",
         FER_KERNELS_SKIP_CPU="1",
     )
     assert "the cuda module is LEFT OUT: nvcc of" in log
-    log = run(
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--skip-dependency-check",
-        cwd=tree,
+    log = build(
+        "wheel",
+        tree,
         expect=1,
         CUDA_HOME=NVCC,
         TORCH_CUDA_ARCH_LIST="9.0",
