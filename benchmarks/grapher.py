@@ -103,6 +103,11 @@ def keys_of(h: Tensor, keys: int) -> Tensor | None:
     return squares.mean((2, 4)).flatten(1, 2)
 
 
+def _grouped(nodes: Tensor) -> Tensor:
+    """(GROUPS, B * N, C / GROUPS), a view."""
+    return nodes.flatten(0, 1).unflatten(-1, (GROUPS, -1)).transpose(0, 1)
+
+
 Graph = Callable[[Tensor, Tensor | None], Tensor]
 Aggregate = Callable[..., Tensor]
 
@@ -137,8 +142,9 @@ def block(
         idx = graph(h, y)
     of_centres, of_keys = rounded(F.linear(h, p)), rounded(F.linear(h if y is None else y, q))
     m = rounded(aggregate(h, idx, y, of_centres, of_keys, a))
-    both = torch.stack((h, m), -1).flatten(-2).unflatten(-1, (GROUPS, -1))
-    projected = rounded(torch.einsum("bngc,gcd->bngd", both, groups).flatten(-2))
+    of_h, of_m = groups.unflatten(1, (-1, 2)).unbind(2)  # the alternating channels, never interleaved
+    projected = torch.baddbmm(rounded(torch.bmm(_grouped(h), of_h)), _grouped(m), of_m)
+    projected = rounded(projected).transpose(0, 1).reshape(*h.shape[:2], -1)
     hidden = rounded(F.gelu(rounded(_batch_norm(projected, bn2))))
     return rounded(x + rounded(_batch_norm(rounded(F.linear(hidden, fc2)), bn3))), idx, m
 
