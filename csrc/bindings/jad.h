@@ -43,6 +43,8 @@ inline JadForwardCall jad_forward(const Tensor& q, const Tensor& k, const Tensor
   JadForwardCall call{};
   fill_jad(call, q, k, v, scale);
   STD_TORCH_CHECK(mode >= 0 && mode <= 5, "jad: unknown mode ", mode);
+  STD_TORCH_CHECK(protect >= 0, "jad: protect must be at least 0, got ", protect);
+  STD_TORCH_CHECK(max_drop >= 0 && max_drop < 1, "jad: max_drop must lie in [0, 1), got ", max_drop);
   call.mode = static_cast<JadMode>(mode);
   call.beta = beta, call.max_drop = max_drop, call.soft = soft, call.tau = tau, call.protect = protect;
   call.joint_over_head = joint_over_head;

@@ -22,7 +22,8 @@ namespace {
 
 constexpr int64_t kKeptBytes = 1 << 20;  // powers of one head: with its keys and values, a level-2 cache
 constexpr int64_t kChunkQueries = 512;   // queries of a unit where powers are not kept
-constexpr int64_t kKeyBlock = 512;       // rows of values that stay in the cache while a panel's rows pass
+constexpr int64_t kKeyBlock = 128;       // keys summed in one chain: longer ones err more, and rows stay in the cache
+constexpr int64_t kSumBlock = 32;        // the same for the sums of a row's powers
 constexpr double kLostPowers = 1e-25;    // a kept sum below this may have lost powers to underflow
 
 template <class A>
@@ -31,6 +32,20 @@ template <class A>
 constexpr int kPanelTile = kPanel<A> / 4;  // queries whose outputs are computed together
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
+// f(0) + f(1) + ... f(count - 1). One long chain would lose more than all the products of attention do, and a
+// wrong total is wrong for a whole row.
+template <class A, class F>
+Vec<A> blocked_sum(int64_t count, F f) {
+  Vec<A> sum = {};
+  for (int64_t begin = 0; begin < count; begin += kSumBlock) {
+    const int64_t end = std::min(begin + kSumBlock, count);
+    Vec<A> part = {};
+    for (int64_t n = begin; n < end; ++n) part += f(n);
+    sum += part;
+  }
+  return sum;
+}
 
 constexpr int64_t padded_rows(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }
 
@@ -85,23 +100,24 @@ struct Rows {
   int64_t capacity() const { return std::max(most, count); }
 };
 
-// A panel's queries: scaled and packed, pitch kPanel. Lanes beyond `count` repeat the last query.
+// A panel's queries, packed, pitch kPanel. Lanes beyond `count` repeat the last query.
 template <class A, class T>
-void pack_panel(const T* rows, int64_t width, int count, A scale, A* panel) {
+void pack_panel(const T* rows, int64_t width, int count, A* panel) {
   const T* from[kPanel<A>];
-  A scales[kPanel<A>];
-  std::fill_n(scales, kPanel<A>, scale);
+  A ones[kPanel<A>];
+  std::fill_n(ones, kPanel<A>, A(1));
   point_at(rows, width, count, kPanel<A>, from);
-  pack<A>(from, scales, width, kPanel<A>, panel);
+  pack<A>(from, ones, width, kPanel<A>, panel);
 }
 
-// products[key * kPanel + query] for the keys of tiles and the queries of a panel.
+// products[key * kPanel + query] for the keys of tiles and the queries of a panel, times scale. A scale in the
+// queries would cost a rounding of each of their numbers.
 template <class A>
-void panel_products(const A* tiles, int64_t keys, const A* panel, int64_t width, int count, A* products) {
+void panel_products(const A* tiles, int64_t keys, const A* panel, int64_t width, int count, A scale, A* products) {
   for (int64_t first = 0; first < keys; first += kRows, tiles += width * kPackedRows)
     with_rows(std::min<int64_t>(keys - first, kRows), [&](auto rows) {
       A* to = products + first * kPanel<A>;
-      const auto done = [&](int r, int v, Vec<A> sum) { store(to + r * kPanel<A> + v * kLanes<A>, sum); };
+      const auto done = [&](int r, int v, Vec<A> sum) { store(to + r * kPanel<A> + v * kLanes<A>, sum * scale); };
       if (count > kLanes<A>)
         product_tile<A, rows, 2, 1, kPackedRows>(tiles, panel, kPanel<A>, width, nullptr, done);
       else
@@ -156,11 +172,11 @@ void add_weighted_queries(const A* values, int64_t keys, const A* matrix, int64_
 template <class A>
 class Choice {
  public:
-  explicit Choice(const JadForward& call) : call_(call), joint_(call.keys), order_(call.keys) {}
+  explicit Choice(const JadForward& call) : call_(call), joint_(call.keys), levels_(call.keys), order_(call.keys) {}
 
   bool is_open(int64_t head) const { return call_.queries >= 2 && (!call_.gate || call_.gate[head]); }
 
-  // means: (B, H, M). Fills joint() for `head`.
+  // means: (B, H, M). What is asked from here on is about `head`.
   void look_at(const A* means, int64_t head) {
     const int64_t heads = call_.joint_over_head ? call_.heads : 1;
     const A* from = means + (call_.joint_over_head ? head / heads * heads : head) * call_.keys;
@@ -174,10 +190,12 @@ class Choice {
     mean /= call_.keys;
     for (const double c : joint_) square += (c - mean) * (c - mean);
     deviation_ = std::sqrt(square / call_.keys);
+    for (int64_t j = 0; j < call_.keys; ++j)
+      levels_[j] = may_drop(j) && joint_[j] > 1.0 / call_.keys ? static_cast<A>(joint_[j]) : A(-1);
   }
 
-  const std::vector<double>& joint() const { return joint_; }
-  bool may_drop(int64_t key) const { return key >= call_.protect && call_.keys * deviation_ >= kNearlyUniform; }
+  // c_j where mode "entry" may drop entries of key j, else -1.
+  A entry_level(int64_t key) const { return levels_[key]; }
 
   // The head's (M,) bias.
   void write_bias(int64_t head, A* bias) {
@@ -221,8 +239,11 @@ class Choice {
     for (int64_t j = 0; j < call_.keys; ++j) bias[j] = static_cast<A>(std::log1p(-call_.soft * (joint_[j] / top)));
   }
 
+  bool may_drop(int64_t key) const { return key >= call_.protect && call_.keys * deviation_ >= kNearlyUniform; }
+
   const JadForward& call_;
   std::vector<double> joint_;
+  std::vector<A> levels_;
   std::vector<int32_t> order_;
   double deviation_ = 0;
 };
@@ -350,9 +371,9 @@ class Forward {
   // Powers exp(score - largest) of a panel and their sums.
   void powers(int64_t first, int count, const A* bias, int64_t at) {
     const T* q = static_cast<const T*>(call_.q) + (head_ * call_.queries + first) * call_.width;
-    pack_panel(q, call_.width, count, static_cast<A>(call_.scale), queries_.get());
+    pack_panel(q, call_.width, count, queries_.get());
     A* to = panel(at);
-    panel_products(tiles_.get(), keys_, queries_.get(), call_.width, count, to);
+    panel_products(tiles_.get(), keys_, queries_.get(), call_.width, count, static_cast<A>(call_.scale), to);
     for (int v = 0; v < vectors(count); ++v) {
       A* column = to + v * kLanes<A>;
       Vec<A> largest = splat(-kInfinity<A>);
@@ -363,12 +384,11 @@ class Forward {
       }
       // A row of -inf alone weighs nothing.
       largest = largest == splat(-kInfinity<A>) ? Vec<A>{} : largest;
-      Vec<A> total = {};
-      for (int64_t j = 0; j < keys_; ++j) {
+      const Vec<A> total = blocked_sum<A>(keys_, [&](int64_t j) {
         const Vec<A> power = exponential(load(column + j * kP) - largest);
         store(column + j * kP, power);
-        total += power;
-      }
+        return power;
+      });
       store(largest_.get() + at * kP + v * kLanes<A>, largest);
       store(total_.get() + at * kP + v * kLanes<A>, total);
     }
@@ -414,8 +434,8 @@ class Forward {
       return;
     bool lost = false;
     for (int v = 0; v < vectors(count); ++v) {
-      Vec<A> total = {};
-      for (const int32_t j : kept_) total += load(panel(at) + j * kP + v * kLanes<A>);
+      const A* column = panel(at) + v * kLanes<A>;
+      const Vec<A> total = blocked_sum<A>(kept_.size(), [&](int64_t n) { return load(column + kept_[n] * kP); });
       store(total_.get() + at * kP + v * kLanes<A>, total);
       for (int l = 0; l < kLanes<A>; ++l) lost |= total[l] < static_cast<A>(kLostPowers);
     }
@@ -425,31 +445,34 @@ class Forward {
   void drop_entries(int64_t first, int count, int64_t at) {
     const int64_t bytes = (call_.keys + 7) / 8;
     uint8_t* bits = call_.bits ? call_.bits + (head_ * call_.queries + first) * bytes : nullptr;
-    if (bits) std::fill_n(bits, count * bytes, 0);
-    if (!choice_.is_open(head_)) return;
-    const double bound = 1.0 / call_.keys;
-    const auto is_joint = [&](int64_t j) { return choice_.joint()[j] > bound && choice_.may_drop(j); };
+    if (!choice_.is_open(head_)) {
+      if (bits) std::fill_n(bits, count * bytes, 0);
+      return;
+    }
     for (int v = 0; v < vectors(count); ++v) {
       A* column = panel(at) + v * kLanes<A>;
       const Vec<A> share = shares(v, count, at);
-      const auto drops = [&](int64_t j) {
-        const A level = static_cast<A>(choice_.joint()[j]);
+      const auto drops = [&](int64_t j, A level) {
         const Vec<A> off = load(column + j * kP) * share - splat(level);
         return (off < Vec<A>{} ? -off : off) <= splat(static_cast<A>(call_.tau) * level);
       };
-      Vec<A> kept = {};
-      for (int64_t j = 0; j < keys_; ++j) {
+      const Vec<A> kept = blocked_sum<A>(keys_, [&](int64_t j) {
         const Vec<A> power = load(column + j * kP);
-        kept += is_joint(j) ? (drops(j) ? Vec<A>{} : power) : power;
-      }
+        const A level = choice_.entry_level(j);
+        return level < 0 ? power : drops(j, level) ? Vec<A>{} : power;
+      });
       const auto enough = kept * share >= splat(static_cast<A>(kLostMass));
-      for (int64_t j = 0; j < keys_; ++j) {
-        if (!is_joint(j)) continue;
-        const auto dropped = drops(j) & enough;
-        store(column + j * kP, dropped ? Vec<A>{} : load(column + j * kP));
-        if (bits)
-          for (int l = 0; l < kLanes<A> && v * kLanes<A> + l < count; ++l)
-            bits[(v * kLanes<A> + l) * bytes + j / 8] |= static_cast<uint8_t>((dropped[l] & 1) << (j % 8));
+      for (int64_t byte = 0; byte < bytes; ++byte) {
+        Vec<Int<A>> packed = {};
+        for (int64_t j = 8 * byte; j < std::min(8 * byte + 8, keys_); ++j) {
+          const A level = choice_.entry_level(j);
+          if (level < 0) continue;
+          const auto dropped = drops(j, level) & enough;
+          store(column + j * kP, dropped ? Vec<A>{} : load(column + j * kP));
+          packed |= dropped & splat(static_cast<Int<A>>(1 << j % 8));
+        }
+        for (int l = 0; bits && l < kLanes<A> && v * kLanes<A> + l < count; ++l)
+          bits[(v * kLanes<A> + l) * bytes + byte] = static_cast<uint8_t>(packed[l]);
       }
       A* total = total_.get() + at * kP + v * kLanes<A>;
       store(total, enough ? kept : load(total));
@@ -467,9 +490,9 @@ class Forward {
       const A total = total_[at * kP + i];
       static_cast<A*>(call_.lse)[row + i] = total == 0 ? -kInfinity<A> : largest_[at * kP + i] + std::log(total);
       if (!call_.out) continue;
-      const Vec<A> share = splat(total == 0 ? A(0) : A(1) / total);
+      const Vec<A> divisor = splat(total == 0 ? A(1) : total);
       A* out = out_.get() + i * pitch_;
-      for (int64_t c = 0; c < pitch_; c += kLanes<A>) store(out + c, load(out + c) * share);
+      for (int64_t c = 0; c < pitch_; c += kLanes<A>) store(out + c, load(out + c) / divisor);
       store_row(out, call_.width, static_cast<T*>(call_.out) + (row + i) * call_.width);
     }
   }
@@ -524,6 +547,7 @@ class Backward {
     }
     for (int64_t first = 0; first < call_.queries; first += kP)
       panel(first, static_cast<int>(std::min<int64_t>(kP, call_.queries - first)), key_rows);
+    multiply(key_sums_.get(), keys_ * pitch_, static_cast<A>(call_.scale));
     write(key_sums_.get(), call_.dk);
     if (call_.v) write(value_sums_.get(), call_.dv);
   }
@@ -538,31 +562,28 @@ class Backward {
   void panel(int64_t first, int count, const A* key_rows) {
     const int64_t row = head_ * call_.queries + first;
     const A scale = static_cast<A>(call_.scale);
-    take(static_cast<const T*>(call_.q) + row * call_.width, count, scale, query_panel_.get(), query_rows_.get());
-    panel_products(key_tiles_.get(), keys_, query_panel_.get(), call_.width, count, weights_.get());
+    take(static_cast<const T*>(call_.q) + row * call_.width, count, query_panel_.get(), query_rows_.get());
+    panel_products(key_tiles_.get(), keys_, query_panel_.get(), call_.width, count, scale, weights_.get());
     if (call_.v) {
-      take(static_cast<const T*>(call_.grad) + row * call_.width, count, A(1), grad_panel_.get(), grad_rows_.get());
-      panel_products(value_tiles_.get(), keys_, grad_panel_.get(), call_.width, count, grads_.get());
+      take(static_cast<const T*>(call_.grad) + row * call_.width, count, grad_panel_.get(), grad_rows_.get());
+      panel_products(value_tiles_.get(), keys_, grad_panel_.get(), call_.width, count, A(1), grads_.get());
     }
     for (int v = 0; v * kLanes<A> < count; ++v) score_grads(row, v, count);
     if (call_.v) add_weighted_queries(weights_.get(), keys_, grad_rows_.get(), pitch_, count, value_sums_.get());
     add_weighted_queries(grads_.get(), keys_, query_rows_.get(), pitch_, count, key_sums_.get());
     weighted_rows<A>(grads_.get(), keys_, nullptr, key_rows, pitch_, count, dq_.get());
-    for (int i = 0; i < count; ++i) {
-      A* dq = dq_.get() + i * pitch_;
-      for (int64_t c = 0; c < pitch_; c += kLanes<A>) store(dq + c, load(dq + c) * splat(scale));
-      store_row(dq, call_.width, static_cast<T*>(call_.dq) + (row + i) * call_.width);
-    }
+    multiply(dq_.get(), count * pitch_, scale);
+    for (int i = 0; i < count; ++i)
+      store_row(dq_.get() + i * pitch_, call_.width, static_cast<T*>(call_.dq) + (row + i) * call_.width);
   }
 
-  void take(const T* rows, int count, A scale, A* panel, A* matrix) const {
-    pack_panel(rows, call_.width, count, scale, panel);
-    for (int i = 0; i < count; ++i) {
-      load_row(rows + i * call_.width, call_.width, pitch_, matrix + i * pitch_);
-      if (scale != 1)
-        for (int64_t c = 0; c < pitch_; c += kLanes<A>)
-          store(matrix + i * pitch_ + c, load(matrix + i * pitch_ + c) * splat(scale));
-    }
+  void take(const T* rows, int count, A* panel, A* matrix) const {
+    pack_panel(rows, call_.width, count, panel);
+    for (int i = 0; i < count; ++i) load_row(rows + i * call_.width, call_.width, pitch_, matrix + i * pitch_);
+  }
+
+  static void multiply(A* values, int64_t count, A factor) {
+    for (int64_t n = 0; n < count; n += kLanes<A>) store(values + n, load(values + n) * factor);
   }
 
   // Scores to weights, and the gradients of the weights to those of the scores: a vector of queries. The weights
@@ -577,35 +598,42 @@ class Backward {
       largest = score > largest ? score : largest;
     }
     largest = largest == splat(-kInfinity<A>) ? Vec<A>{} : largest;
-    Vec<A> total = {}, mean = {};
     const A* means = call_.v ? nullptr : static_cast<const A*>(call_.grad_means) + head_ * call_.keys;
-    for (int64_t n = 0; n < keys_; ++n) {
+    const Vec<A> total = blocked_sum<A>(keys_, [&](int64_t n) {
       const Vec<A> power = exponential(load(weights + n * kP) - largest);
       if (means) store(grads + n * kP, splat(means[kept_[n]] / static_cast<A>(call_.queries)));
       store(weights + n * kP, power);
-      total += power;
-      mean += power * load(grads + n * kP);
-    }
-    // A row of -inf alone weighs nothing.
-    const Vec<A> share = total == Vec<A>{} ? Vec<A>{} : splat(A(1)) / total;
-    mean *= share;
-    for (int64_t n = 0; n < keys_; ++n) {
-      const Vec<A> weight = load(weights + n * kP) * share;
+      return power;
+    });
+    // A row of -inf alone weighs nothing. Weights are divided, for a rounded 1 / total would be in all of them.
+    const Vec<A> divisor = total == Vec<A>{} ? splat(A(1)) : total;
+    const Vec<A> mean = blocked_sum<A>(keys_, [&](int64_t n) {
+      const Vec<A> weight = load(weights + n * kP) / divisor;
       store(weights + n * kP, weight);
+      return weight * load(grads + n * kP);
+    });
+    for (int64_t n = 0; n < keys_; ++n) {
+      const Vec<A> weight = load(weights + n * kP);
       store(grads + n * kP, weight * (load(grads + n * kP) - mean));
     }
   }
 
   void add_bias(int64_t row, int v, int count, A* scores) const {
     const int64_t bytes = (call_.keys + 7) / 8;
+    const uint8_t* bits = call_.bits ? call_.bits + (row + v * kLanes<A>) * bytes : nullptr;
+    Vec<Int<A>> packed = {};  // byte `at` of each query
+    int64_t at = -1;
     for (int64_t n = 0; n < keys_; ++n) {
       const int64_t j = kept_[n];
       Vec<A> score = load(scores + n * kP);
       if (bias_) score += splat(bias_[j]);
-      if (call_.bits) {
-        const uint8_t* bits = call_.bits + (row + v * kLanes<A>) * bytes + j / 8;
-        for (int l = 0; l < kLanes<A> && v * kLanes<A> + l < count; ++l)
-          if (bits[l * bytes] >> (j % 8) & 1) score[l] = -kInfinity<A>;
+      if (bits) {
+        if (at != j / 8) {
+          at = j / 8;
+          for (int l = 0; l < kLanes<A> && v * kLanes<A> + l < count; ++l) packed[l] = bits[l * bytes + at];
+        }
+        const auto dropped = (packed & splat(static_cast<Int<A>>(1 << j % 8))) != Vec<Int<A>>{};
+        score = dropped ? splat(-kInfinity<A>) : score;
       }
       store(scores + n * kP, score);
     }

@@ -55,11 +55,15 @@ def _joint(c: Tensor, joint_over_head: bool) -> Tensor:
     return c.mean(1, keepdim=True).expand_as(c) if joint_over_head else c
 
 
+def _deviation(joint: Tensor) -> Tensor:
+    """The population's, (B, H, 1); Tensor.std warns of an empty batch. One NaN makes it NaN."""
+    return (joint - joint.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt()
+
+
 def _may_drop(joint: Tensor, protect: int) -> Tensor:
-    """(B, H, M): not protected, in a head that is not nearly uniform. One NaN makes the std NaN."""
+    """(B, H, M): not protected, in a head that is not nearly uniform."""
     keys = joint.shape[-1]
-    deviation = joint.std(-1, correction=0, keepdim=True)
-    return (torch.arange(keys, device=joint.device) >= protect) & (keys * deviation >= NEARLY_UNIFORM)
+    return (torch.arange(keys, device=joint.device) >= protect) & (keys * _deviation(joint) >= NEARLY_UNIFORM)
 
 
 def _rank(values: Tensor, descending: bool) -> Tensor:
@@ -70,7 +74,7 @@ def _rank(values: Tensor, descending: bool) -> Tensor:
 def _joint_keys(joint: Tensor, beta: float, max_drop: float, protect: int) -> Tensor:
     """(B, H, M) bool: the keys that mode "key" drops."""
     keys = joint.shape[-1]
-    threshold = 1 / keys + beta * joint.std(-1, correction=0, keepdim=True)
+    threshold = 1 / keys + beta * _deviation(joint)
     above = (joint > threshold) & _may_drop(joint, protect)
     return above & (_rank(joint.masked_fill(~above, -1.0), descending=True) < int(max_drop * keys))
 

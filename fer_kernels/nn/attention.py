@@ -136,6 +136,15 @@ class JADAttention(nn.Module):
             wanted = "no context" if self.context_dim is None else f"a context (B, M, {self.context_dim})"
             got = "none" if context is None else str(tuple(context.shape))
             raise ValueError(f"{type(self).__name__}: expected {wanted}, got {got}")
+        given = [("x", "N", x, self.proj.out_features)]
+        if context is not None:
+            given.append(("context", "M", context, self.context_dim))
+        for name, count, tensor, width in given:
+            if tensor.dim() != 3 or tensor.shape[2] != width or tensor.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be (B, {count}, {width}) with B = {x.shape[0]}, "
+                    f"got {tuple(tensor.shape)}"
+                )
         if context is None:
             q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         else:

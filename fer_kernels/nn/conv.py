@@ -66,15 +66,25 @@ class GroupedLinear(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: x must be (..., {self.in_channels}), got {checks.shape(x)}"
             )
-        if self.groups == 1:
-            return F.linear(x, self.weight, self.bias)
-        # One batched product with a group as the batch, on views of both operands.
-        rows = x.flatten(0, -2).unflatten(-1, (self.groups, -1)).transpose(0, 1)
-        weight = self.weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
-        if self.bias is None:
-            out = torch.bmm(rows, weight)
+        return self.product(x, None, self.weight, self.bias)
+
+    def interleaved(self, x: Tensor, m: Tensor) -> Tensor:
+        """self(interleave(x, m)), x and m (..., C_in / 2), without the interleaved nodes in memory."""
+        return self.product(x, m, self.weight, self.bias)
+
+    def product(self, x: Tensor, m: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What `forward` and, with m, `interleaved` compute, for a weight and a bias like this module's."""
+        groups = self.groups
+        if m is not None and (groups == 1 or self.in_channels // 2 % groups):
+            x, m = interleave(x, m), None
+        if groups == 1:
+            return F.linear(x, weight, bias)
+        if m is None:
+            out = _grouped_product(x, weight, bias, groups)
         else:
-            out = torch.baddbmm(self.bias.view(self.groups, 1, -1), rows, weight)
+            # A group's columns for x and those for m are each a strided view of its weight.
+            of_x, of_m = weight.unflatten(-1, (-1, 2)).unbind(-1)
+            out = _grouped_product(m.to(x.dtype), of_m, _grouped_product(x, of_x, bias, groups), groups)
         return out.transpose(0, 1).reshape(*x.shape[:-1], self.out_channels)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -86,6 +96,16 @@ class GroupedLinear(nn.Module):
     def extra_repr(self) -> str:
         bias = "" if self.bias is not None else ", bias=False"
         return f"{self.in_channels}, {self.out_channels}, groups={self.groups}{bias}"
+
+
+def _grouped_product(x: Tensor, weight: Tensor, added: Tensor | None, groups: int) -> Tensor:
+    """(groups, rows, C_out / groups): one batched product with a group as the batch, on views of x
+    (..., C_in) and the weight (C_out, C_in / groups). `added` is a bias or such a product, or None."""
+    rows = x.flatten(0, -2).unflatten(-1, (groups, -1)).transpose(0, 1)
+    weight = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    if added is None:
+        return torch.bmm(rows, weight)
+    return torch.baddbmm(added.view(groups, 1, -1) if added.dim() == 1 else added, rows, weight)
 
 
 class Projection(nn.Module):
@@ -116,13 +136,38 @@ class Projection(nn.Module):
         self.norm = nn.Identity() if make_norm is None else make_norm(out_channels)
         self.act = nn.Identity() if make_act is None else make_act()
 
-    def forward(self, x: Tensor, also: Tensor | None = None) -> Tensor:
-        """x (..., C_in) to (..., C_out); `also` (..., C_out) is added before the norm."""
-        x = self.linear(x)
+    def forward(self, x: Tensor, m: Tensor | None = None, also: Tensor | None = None) -> Tensor:
+        """x (..., C_in) to (..., C_out); `also` (..., C_out) is added before the norm.
+
+        With m, x and m are (..., C_in / 2) and what is projected is `interleave(x, m)`.
+        """
+        if self._folds(x):
+            scale, weight, bias = self._folded()
+            x = self.linear.product(x, m, weight, bias)
+            return self.act(x if also is None else torch.addcmul(x, also.to(x.dtype), scale.to(x.dtype)))
+        x = self.linear(x) if m is None else self.linear.interleaved(x, m)
         if also is not None:
             x = x + also
         # Rows, because BatchNorm takes channels second in anything of more than two dimensions.
         return self.act(self.norm(x.flatten(0, -2)).reshape(x.shape))
+
+    def _folds(self, x: Tensor) -> bool:
+        """Whether the norm is a fixed scale and shift that is cheaper in the weights: on a CPU, where a pass
+        over the nodes takes longer than one over the weights."""
+        norm = self.norm
+        fixed = isinstance(norm, nn.BatchNorm1d) and not norm.training and norm.running_mean is not None
+        return fixed and x.device.type == "cpu"
+
+    def _folded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The norm's scale, and the linear part's weight and bias with the norm in them."""
+        norm: Any = self.norm
+        linear = self.linear
+        scale = torch.rsqrt(norm.running_var + norm.eps)
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        mean = norm.running_mean if linear.bias is None else norm.running_mean - linear.bias
+        bias = -mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1)
+        return scale, linear.weight * scale.unsqueeze(1), bias
 
 
 class _GraphConv(nn.Module):
@@ -225,7 +270,7 @@ class MaxRelativeConv(_GraphConv):
             (B, N, out_channels)
         """
         idx, _ = self._checked(x, idx, y, values=False)
-        return self.projection(interleave(x, relation_aggregate(x, idx, y, mode="mr", reverse=reverse)))
+        return self.projection(x, relation_aggregate(x, idx, y, mode="mr", reverse=reverse))
 
 
 class RelationConv(_GraphConv):
@@ -339,7 +384,7 @@ class RelationConv(_GraphConv):
         q = F.linear(keys, w_b).to(x.dtype)  # of another dtype than x
         if self.conv == "gate":
             m, weights = self._gated(x, idx, keys, p, q)
-            out = self.projection(interleave(x, m))
+            out = self.projection(x, m)
             return (out, weights) if return_weights else out
 
         trained = torch.is_grad_enabled() and (x.requires_grad or keys.requires_grad or p.requires_grad)
@@ -362,7 +407,7 @@ class RelationConv(_GraphConv):
         if self.conv == "both":
             also = self.sum_projection(m)
             m = relation_aggregate(x, idx, y, mode="mr", reverse=reverse)
-        out = self.projection(interleave(x, m), also)
+        out = self.projection(x, m, also)
         return (out, found[1]) if return_weights else out
 
     def _gated(self, x: Tensor, idx: Tensor, keys: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -268,6 +268,17 @@ def test_schedule():
         (lambda: JADAttention(48, drop="random", eval_mode="on"), ValueError, "draws at random"),
         (lambda: JADAttention(48)(X, CONTEXT), ValueError, r"expected no context, got \(3, 50, 40\)"),
         (lambda: JADAttention(48, context_dim=40)(X), ValueError, r"a context \(B, M, 40\), got none"),
+        (
+            lambda: JADAttention(48)(X[0]),
+            ValueError,
+            r"JADAttention: x must be \(B, N, 48\) with B = 30, got \(30, 48\)",
+        ),
+        (lambda: JADAttention(48)(CONTEXT), ValueError, r"x must be \(B, N, 48\) .* got \(3, 50, 40\)"),
+        (
+            lambda: JADAttention(48, context_dim=40)(X, CONTEXT[:2]),
+            ValueError,
+            r"context must be \(B, M, 40\) with B = 3, got \(2, 50, 40\)",
+        ),
         (lambda: JADAttention(48, max_drop=1.0)(X), ValueError, r"max_drop must be in \[0, 1\)"),
         (lambda: JADBlock(48, 4, drop_path=2), ValueError, "JADBlock: drop_path must lie in"),
         (lambda: drop_schedule(0.5, 0), ValueError, "depth must be at least 1, got 0"),
