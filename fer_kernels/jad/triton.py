@@ -11,6 +11,10 @@ takes up to three passes over the scores, because each needs the whole of the on
 
 The backward of both operators is a pair of kernels: ``jad_query_gradient_kernel`` walks over keys,
 ``jad_key_gradient_kernel`` over queries.
+
+Registers limit how many channels a program can hold. Of a wider head it writes BLOCK_D channels, its slice
+(the grid's second axis), and the scores take several steps over the channels: WIDE. What has no channels
+(lse, bits, delta, excess) every slice computes and writes alike.
 """
 
 from __future__ import annotations
@@ -73,24 +77,54 @@ def _add_product(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _product(a, b, PRECISION: tl.constexpr):
-    return _add_product(a, b, tl.zeros((a.shape[0], b.shape[1]), tl.float32), PRECISION)
-
-
-@triton.jit
-def _load_rows(x_ptr, head, row, count, D, BLOCK_D: tl.constexpr):
+def _load_rows(x_ptr, head, row, count, first_channel, D, BLOCK_D: tl.constexpr):
     """Rows of a head's (count, D) matrix. A row too many repeats the last one: every address is good, and no
     infinity times zero makes a NaN that plain attention would not have."""
     row = head * count + tl.minimum(row, count - 1)  # int64 like head
-    channel = tl.arange(0, BLOCK_D)[None, :]
+    channel = first_channel + tl.arange(0, BLOCK_D)[None, :]
     return tl.load(x_ptr + row[:, None] * D + channel, mask=channel < D, other=0.0)
 
 
 @triton.jit
-def _store_rows(x_ptr, value, head, row, count, D, BLOCK_D: tl.constexpr):
-    channel = tl.arange(0, BLOCK_D)[None, :]
+def _store_rows(x_ptr, value, head, row, count, first_channel, D, BLOCK_D: tl.constexpr):
+    channel = first_channel + tl.arange(0, BLOCK_D)[None, :]
     place = (head * count + row)[:, None] * D + channel
     tl.store(x_ptr + place, value.to(x_ptr.dtype.element_ty), mask=(row < count)[:, None] & (channel < D))
+
+
+@triton.jit
+def _row_products(
+    a,  # (rows of a, BLOCK_D): the first channels, which a program loads once
+    a_ptr,
+    a_row,
+    a_count,
+    b_ptr,
+    b_row,
+    b_count,
+    head,
+    D,
+    BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The inner products of the rows of two matrices, and b's first channels."""
+    first = _load_rows(b_ptr, head, b_row, b_count, 0, D, BLOCK_D)
+    product = tl.zeros((a.shape[0], first.shape[0]), tl.float32)
+    product = _add_product(a, tl.trans(first), product, PRECISION)
+    if WIDE:
+        for channel in range(BLOCK_D, D, BLOCK_D):
+            more = _load_rows(a_ptr, head, a_row, a_count, channel, D, BLOCK_D)
+            b = _load_rows(b_ptr, head, b_row, b_count, channel, D, BLOCK_D)
+            product = _add_product(more, tl.trans(b), product, PRECISION)
+    return product, first
+
+
+@triton.jit
+def _slice_of(first, x_ptr, head, row, count, slice, D, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+    """The channels that a program writes, of rows whose first channels are at hand."""
+    if WIDE:
+        first = _load_rows(x_ptr, head, row, count, slice, D, BLOCK_D)
+    return first
 
 
 @triton.jit
@@ -149,12 +183,14 @@ def jad_attention_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    slice = tl.program_id(1) * BLOCK_D  # the first of the channels that this program writes
     blocks = tl.cdiv(N, BLOCK_QUERIES)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     query = (tl.program_id(0) % blocks) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    q = _load_rows(q_ptr, head, query, N, D, BLOCK_D)
+    q = _load_rows(q_ptr, head, query, N, 0, D, BLOCK_D)
 
     if level_ptr is not None:
         # A row that would keep next to nothing is left whole, which is known only at its end.
@@ -162,8 +198,8 @@ def jad_attention_kernel(
         kept = tl.zeros((BLOCK_QUERIES,), tl.float32)
         for first_key in range(0, M, BLOCK_KEYS):
             key = first_key + tl.arange(0, BLOCK_KEYS)
-            k = _load_rows(k_ptr, head, key, M, D, BLOCK_D)
-            scores = _product(q, tl.trans(k), PRECISION) * scale + _key_bias(None, head, key, M)[None, :]
+            scores, _ = _row_products(q, q_ptr, query, N, k_ptr, key, M, head, D, BLOCK_D, WIDE, PRECISION)
+            scores = scores * scale + _key_bias(None, head, key, M)[None, :]
             level = tl.load(level_ptr + head * M + key, mask=key < M, other=-1.0)
             similar, weight = _is_similar(scores, divisor, level, tau)
             kept += tl.sum(tl.where(similar, 0.0, weight), 1)
@@ -174,8 +210,8 @@ def jad_attention_kernel(
     out = tl.zeros((BLOCK_QUERIES, BLOCK_D), tl.float32)
     for first_key in range(0, M, BLOCK_KEYS):
         key = first_key + tl.arange(0, BLOCK_KEYS)
-        k = _load_rows(k_ptr, head, key, M, D, BLOCK_D)
-        scores = _product(q, tl.trans(k), PRECISION) * scale + _key_bias(bias_ptr, head, key, M)[None, :]
+        scores, _ = _row_products(q, q_ptr, query, N, k_ptr, key, M, head, D, BLOCK_D, WIDE, PRECISION)
+        scores = scores * scale + _key_bias(bias_ptr, head, key, M)[None, :]
         if level_ptr is not None:
             level = tl.load(level_ptr + head * M + key, mask=key < M, other=-1.0)
             similar, _ = _is_similar(scores, divisor, level, tau)
@@ -195,7 +231,7 @@ def jad_attention_kernel(
         shrink = tl.exp(top - reached)
         mass = mass * shrink + tl.sum(weight, 1)
         if v_ptr is not None:
-            v = _load_rows(v_ptr, head, key, M, D, BLOCK_D)
+            v = _load_rows(v_ptr, head, key, M, slice, D, BLOCK_D)
             out = _add_product(weight, v, out * shrink[:, None], PRECISION)
         top = higher
 
@@ -207,7 +243,7 @@ def jad_attention_kernel(
     )
     if v_ptr is not None:
         out = out / tl.where(mass == 0.0, 1.0, mass)[:, None]
-        _store_rows(out_ptr, out, head, query, N, D, BLOCK_D)
+        _store_rows(out_ptr, out, head, query, N, slice, D, BLOCK_D)
 
 
 @triton.jit
@@ -223,18 +259,19 @@ def jad_column_mean_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     blocks = tl.cdiv(M, BLOCK_KEYS)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     key = (tl.program_id(0) % blocks) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    k = _load_rows(k_ptr, head, key, M, D, BLOCK_D)
+    k = _load_rows(k_ptr, head, key, M, 0, D, BLOCK_D)
     total = tl.zeros((BLOCK_KEYS,), tl.float32)
     for first_query in range(0, N, BLOCK_QUERIES):
         query = first_query + tl.arange(0, BLOCK_QUERIES)
-        q = _load_rows(q_ptr, head, query, N, D, BLOCK_D)
         # Keys are the rows, as a program owns those: their sums then stay within a warp.
-        scores = _product(k, tl.trans(q), PRECISION) * scale
+        scores, _ = _row_products(k, k_ptr, key, M, q_ptr, query, N, head, D, BLOCK_D, WIDE, PRECISION)
+        scores *= scale
         total += tl.sum(tl.exp(scores - _divisor(lse_ptr, head, query, N)[None, :]), 1)
     tl.store(mean_ptr + head * M + key, total / N, mask=key < M)
 
@@ -262,26 +299,32 @@ def jad_query_gradient_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    slice = tl.program_id(1) * BLOCK_D  # the first of the channels that this program writes
     blocks = tl.cdiv(N, BLOCK_QUERIES)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     query = (tl.program_id(0) % blocks) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    q = _load_rows(q_ptr, head, query, N, D, BLOCK_D)
+    q = _load_rows(q_ptr, head, query, N, 0, D, BLOCK_D)
     divisor = _divisor(lse_ptr, head, query, N)
 
     if v_ptr is None:
         delta = tl.zeros((BLOCK_QUERIES,), tl.float32)
         for first_key in range(0, M, BLOCK_KEYS):
             key = first_key + tl.arange(0, BLOCK_KEYS)
-            k = _load_rows(k_ptr, head, key, M, D, BLOCK_D)
-            scores = _product(q, tl.trans(k), PRECISION) * scale + _key_bias(None, head, key, M)[None, :]
+            scores, _ = _row_products(q, q_ptr, query, N, k_ptr, key, M, head, D, BLOCK_D, WIDE, PRECISION)
+            scores = scores * scale + _key_bias(None, head, key, M)[None, :]
             dweight = tl.load(grad_ptr + head * M + key, mask=key < M, other=0.0) / N
             delta += tl.sum(tl.exp(scores - divisor[:, None]) * dweight[None, :], 1)
     else:
-        grad = _load_rows(grad_ptr, head, query, N, D, BLOCK_D)
-        out = _load_rows(out_ptr, head, query, N, D, BLOCK_D)
+        grad = _load_rows(grad_ptr, head, query, N, 0, D, BLOCK_D)
+        out = _load_rows(out_ptr, head, query, N, 0, D, BLOCK_D)
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+        if WIDE:
+            for channel in range(BLOCK_D, D, BLOCK_D):
+                more = _load_rows(grad_ptr, head, query, N, channel, D, BLOCK_D).to(tl.float32)
+                delta += tl.sum(more * _load_rows(out_ptr, head, query, N, channel, D, BLOCK_D), 1)
 
     dq = tl.zeros((BLOCK_QUERIES, BLOCK_D), tl.float32)
     if excess_ptr is not None:
@@ -290,8 +333,8 @@ def jad_query_gradient_kernel(
         mean_key = tl.zeros((BLOCK_QUERIES, BLOCK_D), tl.float32)
     for first_key in range(0, M, BLOCK_KEYS):
         key = first_key + tl.arange(0, BLOCK_KEYS)
-        k = _load_rows(k_ptr, head, key, M, D, BLOCK_D)
-        scores = _product(q, tl.trans(k), PRECISION) * scale + _key_bias(bias_ptr, head, key, M)[None, :]
+        scores, k = _row_products(q, q_ptr, query, N, k_ptr, key, M, head, D, BLOCK_D, WIDE, PRECISION)
+        scores = scores * scale + _key_bias(bias_ptr, head, key, M)[None, :]
         if bits_ptr is not None:
             dropped = _is_dropped(bits_ptr, head, query[:, None], key[None, :], N, M)
             scores = tl.where(dropped, -INFINITY, scores)
@@ -299,9 +342,11 @@ def jad_query_gradient_kernel(
         if v_ptr is None:
             dweight = tl.load(grad_ptr + head * M + key, mask=key < M, other=0.0)[None, :] / N
         else:
-            v = _load_rows(v_ptr, head, key, M, D, BLOCK_D)
-            dweight = _product(grad, tl.trans(v), PRECISION)
+            dweight, _ = _row_products(
+                grad, grad_ptr, query, N, v_ptr, key, M, head, D, BLOCK_D, WIDE, PRECISION
+            )
         dscores = weight * (dweight - delta[:, None])
+        k = _slice_of(k, k_ptr, head, key, M, slice, D, BLOCK_D, WIDE)
         dq = _add_product(dscores, k, dq, PRECISION)
         if excess_ptr is not None:
             mass += tl.sum(weight, 1)
@@ -317,7 +362,7 @@ def jad_query_gradient_kernel(
         dq = (dq - residue[:, None] * mean_key) / excess[:, None]
         tl.store(excess_ptr + head * N + query, excess, mask=query < N)
     tl.store(delta_ptr + head * N + query, delta, mask=query < N)
-    _store_rows(dq_ptr, dq * scale, head, query, N, D, BLOCK_D)
+    _store_rows(dq_ptr, dq * scale, head, query, N, slice, D, BLOCK_D)
 
 
 @triton.jit
@@ -340,25 +385,27 @@ def jad_key_gradient_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    slice = tl.program_id(1) * BLOCK_D  # the first of the channels that this program writes
     blocks = tl.cdiv(M, BLOCK_KEYS)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     key = (tl.program_id(0) % blocks) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    k = _load_rows(k_ptr, head, key, M, D, BLOCK_D)
+    k = _load_rows(k_ptr, head, key, M, 0, D, BLOCK_D)
     bias = _key_bias(bias_ptr, head, key, M)
     if v_ptr is None:
         dweight = tl.load(grad_ptr + head * M + key, mask=key < M, other=0.0)[:, None] / N
     else:
-        v = _load_rows(v_ptr, head, key, M, D, BLOCK_D)
+        v = _load_rows(v_ptr, head, key, M, 0, D, BLOCK_D)
         dv = tl.zeros((BLOCK_KEYS, BLOCK_D), tl.float32)
     dk = tl.zeros((BLOCK_KEYS, BLOCK_D), tl.float32)
 
     for first_query in range(0, N, BLOCK_QUERIES):
         # Everything (keys, queries): weights come out of one product as the next one takes them.
         query = first_query + tl.arange(0, BLOCK_QUERIES)
-        q = _load_rows(q_ptr, head, query, N, D, BLOCK_D)
-        scores = _product(k, tl.trans(q), PRECISION) * scale + bias[:, None]
+        scores, q = _row_products(k, k_ptr, key, M, q_ptr, query, N, head, D, BLOCK_D, WIDE, PRECISION)
+        scores = scores * scale + bias[:, None]
         if bits_ptr is not None:
             dropped = _is_dropped(bits_ptr, head, query[None, :], key[:, None], N, M)
             scores = tl.where(dropped, -INFINITY, scores)
@@ -367,14 +414,17 @@ def jad_key_gradient_kernel(
             excess = tl.load(excess_ptr + head * N + query, mask=query < N, other=1.0)
             weight = weight * (1.0 / excess)[None, :]
         if v_ptr is not None:
-            grad = _load_rows(grad_ptr, head, query, N, D, BLOCK_D)
+            dweight, grad = _row_products(
+                v, v_ptr, key, M, grad_ptr, query, N, head, D, BLOCK_D, WIDE, PRECISION
+            )
+            grad = _slice_of(grad, grad_ptr, head, query, N, slice, D, BLOCK_D, WIDE)
             dv = _add_product(weight, grad, dv, PRECISION)
-            dweight = _product(v, tl.trans(grad), PRECISION)
         delta = tl.load(delta_ptr + head * N + query, mask=query < N, other=0.0)
+        q = _slice_of(q, q_ptr, head, query, N, slice, D, BLOCK_D, WIDE)
         dk = _add_product(weight * (dweight - delta[None, :]), q, dk, PRECISION)
-    _store_rows(dk_ptr, dk * scale, head, key, M, D, BLOCK_D)
+    _store_rows(dk_ptr, dk * scale, head, key, M, slice, D, BLOCK_D)
     if v_ptr is not None:
-        _store_rows(dv_ptr, dv, head, key, M, D, BLOCK_D)
+        _store_rows(dv_ptr, dv, head, key, M, slice, D, BLOCK_D)
 
 
 # ---- launches ----
@@ -386,6 +436,7 @@ class Launch(NamedTuple):
     block_queries: int
     block_keys: int
     block_d: int
+    wide: bool
     precision: str
     num_warps: int
     num_stages: int
@@ -395,13 +446,15 @@ class Launch(NamedTuple):
             "BLOCK_QUERIES": self.block_queries,
             "BLOCK_KEYS": self.block_keys,
             "BLOCK_D": self.block_d,
+            "WIDE": self.wide,
             "PRECISION": self.precision,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
 
 
-# Below this many keys a tile of a tensor core is mostly padding, and float32 is multiplied as it is.
+# Below this many keys a tile of a tensor core is mostly padding, and float32 is multiplied as it is. It also
+# keeps the weight of a single key exact: a tensor core would cut bits off the small part of v.
 FEWEST_KEYS_FOR_TF32 = 16
 
 
@@ -409,20 +462,35 @@ def _launch(kernel: Any, capability: int, keys: int, width: int, dtype: torch.dt
     """The launch table, by kernel, architecture (80, 90), M, D and dtype.
 
     `own` is how many rows a program owns, `other` how many it takes a step: queries and keys, but for the
-    kernels that own keys.
+    kernels that own keys. Four warps own 64 rows: 16 each with mma.sync, the 64 of wgmma together, so a row's
+    sums stay within a warp. Registers decide on the rest: a float32 operand takes twice its size as two TF32
+    parts, and the gradients hold two tiles of inputs and two of sums throughout, so their steps are short. On
+    197 rows steps of 32 also waste less than those of 64: 224 against 256. Weights are float32 operands, and
+    float16 inputs become TF32 beside them.
     """
-    block_d = max(16, triton.next_power_of_2(width))
-    own, other, warps, stages = 64, 64, 4, 2
-    precision = "tf32"
+    gradient = kernel in (jad_query_gradient_kernel, jad_key_gradient_kernel)
+    own, other, widest, stages, precision = 64, 64, 128, 2, "tf32"
+    if dtype == torch.bfloat16:
+        other = 32 if gradient else 64
+    else:
+        widest = 64
+        other = 16 if gradient and capability < 90 else 32
     if dtype == torch.float32 and keys < FEWEST_KEYS_FOR_TF32:
         own, other, stages, precision = 16, 16, 1, "ieee"
+    if (
+        dispatch.TRITON_INTERPRETED
+    ):  # time goes by steps, whatever their size; some tests' heads should be wide
+        own, other, widest = 64, 64, 32
+    block_d = max(16, triton.next_power_of_2(width))
+    if block_d > widest:
+        block_d = min(64, widest)
     if kernel in (jad_column_mean_kernel, jad_key_gradient_kernel):
         own, other = other, own
-    return Launch(own, other, block_d, precision, warps, stages)
+    return Launch(own, other, block_d, width > block_d, precision, 4, stages)
 
 
-def _run(kernel: Any, q: Tensor, k: Tensor, *arguments: Any) -> None:
-    """Launches over all heads and the rows that a program of this kernel owns."""
+def _run(kernel: Any, writes_channels: bool, q: Tensor, k: Tensor, *arguments: Any) -> None:
+    """Launches over all heads and the rows that a program of this kernel owns, and slices of channels."""
     batch, heads, queries, width = q.shape
     keys = k.shape[2]
     capability = 80
@@ -434,8 +502,9 @@ def _run(kernel: Any, q: Tensor, k: Tensor, *arguments: Any) -> None:
         blocks = triton.cdiv(keys, launch.block_keys)
     else:
         blocks = triton.cdiv(queries, launch.block_queries)
+    slices = triton.cdiv(width, launch.block_d) if writes_channels else 1
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        kernel[(batch * heads * blocks,)](q, k, *arguments, **launch.options())
+        kernel[(batch * heads * blocks, slices)](q, k, *arguments, **launch.options())
 
 
 def _attend(
@@ -452,13 +521,13 @@ def _attend(
     out = torch.empty_like(q) if v is not None else q.new_empty(0)
     level, divisor, tau = entry or (None, None, 0.0)
     tensors = (v, bias, level, divisor, out if v is not None else None, lse, bits)
-    _run(jad_attention_kernel, q, k, *tensors, q.shape[2], *k.shape[2:], scale, tau)
+    _run(jad_attention_kernel, v is not None, q, k, *tensors, q.shape[2], *k.shape[2:], scale, tau)
     return out, lse
 
 
 def _column_mean(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
     mean = torch.empty(k.shape[:3], dtype=torch.float32, device=q.device)
-    _run(jad_column_mean_kernel, q, k, lse, mean, q.shape[2], *k.shape[2:], scale)
+    _run(jad_column_mean_kernel, False, q, k, lse, mean, q.shape[2], *k.shape[2:], scale)
     return mean
 
 
@@ -478,8 +547,8 @@ def _gradients(
     excess = torch.empty_like(lse) if q.dtype == torch.float32 else None
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), None if v is None else torch.empty_like(v)
     sizes = (q.shape[2], *k.shape[2:], scale)
-    _run(jad_query_gradient_kernel, q, k, v, grad, out, lse, bias, bits, dq, delta, excess, *sizes)
-    _run(jad_key_gradient_kernel, q, k, v, grad, lse, bias, bits, delta, excess, dk, dv, *sizes)
+    _run(jad_query_gradient_kernel, True, q, k, v, grad, out, lse, bias, bits, dq, delta, excess, *sizes)
+    _run(jad_key_gradient_kernel, True, q, k, v, grad, lse, bias, bits, delta, excess, dk, dv, *sizes)
     if k.shape[2] == 1:  # softmax over one key is constant: exactly no gradient, not one of rounding
         dq.zero_()
         dk.zero_()
@@ -520,7 +589,7 @@ def jad(
     keys = k.shape[2]
     may_drop = mode != NONE and queries > 1
     # The controls' noise alone decides in "dropkey"; "none" needs the means for statistics at most.
-    column_mean, plain = None, None
+    plain = column_mean = q.new_empty(0)
     if return_stats or (may_drop and mode != DROPKEY):
         _, plain = _attend(q, k, None, scale)
         column_mean = _column_mean(q, k, plain, scale)
@@ -537,7 +606,7 @@ def jad(
                 columns = columns & gate.unsqueeze(-1)
             entry = (torch.where(columns, joint.float(), -1.0), plain, tau)
     elif mode != NONE:
-        means = torch.zeros(k.shape[:3], device=q.device) if column_mean is None else column_mean
+        means = column_mean if column_mean.numel() else torch.zeros(k.shape[:3], device=q.device)
         bias = torch.zeros_like(means)
         if may_drop:
             bias = reference.key_bias(means, gate, noise, *choice, joint_over_head)
@@ -571,6 +640,7 @@ def jad_backward(
     lse, bias, bits = lse.contiguous(), bias.contiguous(), bits.contiguous()
     dropped = (bias if bias.numel() else None, bits if bits.numel() else None)
     dq, dk, dv = _gradients(q, k, v, grad, out, lse, *dropped, scale)
+    assert dv is not None  # there are values
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
@@ -598,6 +668,7 @@ def column_mean_backward(
 
 # ---- ahead of time ----
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 AotCase = tuple[Callable[..., Any], dict[str, str], dict[str, Any], int, int]
 
 
@@ -609,29 +680,35 @@ def aot_cases(capability: int) -> dict[str, AotCase]:
     bias, entry, bits = {"bias_ptr"}, {"level_ptr", "divisor_ptr", "bits_ptr"}, {"bits_ptr"}
     values = {"v_ptr", "out_ptr", "dv_ptr"}
     kinds: dict[str, tuple[Any, set[str]]] = {
-        "lse": (jad_attention_kernel, set()),
-        "means": (jad_column_mean_kernel, set()),
         "key": (jad_attention_kernel, values | bias),
-        "entry": (jad_attention_kernel, values | entry),
         "key dq": (jad_query_gradient_kernel, values | bias),
         "key dk": (jad_key_gradient_kernel, values | bias),
+        "lse": (jad_attention_kernel, set()),
+        "means": (jad_column_mean_kernel, set()),
+        "entry": (jad_attention_kernel, values | entry),
         "entry dq": (jad_query_gradient_kernel, values | bits),
         "entry dk": (jad_key_gradient_kernel, values | bits),
         "means dq": (jad_query_gradient_kernel, set()),
         "means dk": (jad_key_gradient_kernel, set()),
     }
     cases: dict[str, AotCase] = {}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        for width in (32, 64, 96):
-            for kind, (kernel, present) in kinds.items():
-                if width == 64 or kind in ("key", "key dq", "key dk"):
-                    launch = _launch(kernel, capability, 197, width, dtype)
-                    cases[f"{name} D={width} {kind}"] = _aot_case(kernel, present, launch, name)
-    for kind in ("key", "key dq", "key dk"):
-        kernel, present = kinds[kind]
-        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
-            launch = _launch(kernel, capability, 197, 256, dtype)
-            cases[f"{name} D=256 {kind}"] = _aot_case(kernel, present, launch, name)
+
+    def add(name: str, keys: int, width: int, chosen: tuple[str, ...]) -> None:
+        for kind in chosen:
+            kernel, present = kinds[kind]
+            launch = _launch(kernel, capability, keys, width, DTYPES[name])
+            cases[f"{name} D={width} {kind}"] = _aot_case(kernel, present, launch, name)
+
+    # Transformers have D = 64. Narrower tiles need less of everything; what is wide is so at 256 as at 129.
+    trained = ("key", "key dq", "key dk")
+    add("bf16", 197, 64, tuple(kinds))
+    add("bf16", 197, 128, trained)
+    add("bf16", 197, 256, trained)
+    add("fp16", 197, 64, trained)
+    add("fp16", 197, 256, ("key dk",))
+    add("fp32", 197, 64, (*trained, "means", "entry", "entry dk", "means dq"))
+    add("fp32", 197, 256, trained)
+    add("fp32", 15, 48, trained)  # few keys
     return cases
 
 
@@ -640,8 +717,10 @@ def _aot_case(kernel: Any, present: set[str], launch: Launch, name: str) -> AotC
     options = launch.options()
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
     optional = {"v_ptr", "bias_ptr", "level_ptr", "divisor_ptr", "out_ptr", "bits_ptr", "dv_ptr"}
+    if name != "fp32":
+        optional.add("excess_ptr")
     constexprs = options | {a: None for a in kernel.arg_names if a in optional - present}
-    floats = ("bias_ptr", "level_ptr", "divisor_ptr", "lse_ptr", "delta_ptr", "mean_ptr")
+    floats = ("bias_ptr", "level_ptr", "divisor_ptr", "lse_ptr", "delta_ptr", "excess_ptr", "mean_ptr")
     types = dict.fromkeys(floats, "*fp32:16") | {"bits_ptr": "*u8:16", "scale": "fp32", "tau": "fp32"}
     types |= {"N": "i32", "M": "i32", "D": "i32:16"}
     if "v_ptr" in constexprs:

@@ -137,7 +137,7 @@ class JADAttention(nn.Module):
             got = "none" if context is None else str(tuple(context.shape))
             raise ValueError(f"{type(self).__name__}: expected {wanted}, got {got}")
         given = [("x", "N", x, self.proj.out_features)]
-        if context is not None:
+        if context is not None and self.context_dim is not None:
             given.append(("context", "M", context, self.context_dim))
         for name, count, tensor, width in given:
             if tensor.dim() != 3 or tensor.shape[2] != width or tensor.shape[0] != x.shape[0]:

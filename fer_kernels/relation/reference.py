@@ -135,6 +135,7 @@ def relation_backward(
             dx = -edge_grad.sum(2)
             dy = scatter_add(keys, 1, _expand(idx, channels), edge_grad.flatten(1, 2))
         if need_relation:
+            assert x is not None and y is not None
             delta = neighbours(y, idx) - x.unsqueeze(2)
             dalpha = (delta * grad.unsqueeze(2)).unflatten(-1, (heads, -1)).sum(-1)
     else:
@@ -151,12 +152,14 @@ def relation_backward(
             dx = -routed
             dy = scatter_add(keys, 1, key, routed)
         if need_relation:
+            assert x is not None and y is not None
             won = k * grad * (y.gather(1, key) - x)
             dalpha = scatter_add(k * heads, 2, place, won).unflatten(-1, (k, heads))
 
     if need_nodes and own_keys:
         dx, dy = dx + dy, dx.new_empty(0)
     if need_relation:
+        assert a is not None
         if grad_weights is not None:
             dalpha = dalpha + grad_weights.to(compute)
         dscore = alpha * (dalpha - (alpha * dalpha).sum(2, keepdim=True))

@@ -764,9 +764,7 @@ def _relation_backward(
 
 AotCase = tuple[Callable[..., Any], dict[str, str], dict[str, Any], int, int]
 
-# (C, k) of ViG's layers, with H = 4 and R = C / 4.
-VIG = ((48, 9), (192, 18), (320, 9), (640, 18))
-VIG_HEADS = 4
+VIG_HEADS = 4  # and R = C / 4
 # Arguments that are None in a mode.
 MODE_UNUSED: dict[str, dict[str, Any]] = {
     "mr": {"factor_ptr": None},
@@ -778,46 +776,54 @@ MODE_UNUSED: dict[str, dict[str, Any]] = {
 def aot_cases(capability: int) -> dict[str, AotCase]:
     """What the tests compile ahead of time: name -> (kernel, signature, constexprs, num_warps, num_stages).
 
-    Types are written as in knn's. Launches depend on no capability, and what several widths share is listed
-    once, by the first of them.
+    Types are written as in knn's. Launches depend on no capability. Everything is compiled at one of ViG's
+    widths in both dtypes. Of its other widths there is what differs most: at C = 48 relations of 12 numbers,
+    which are not aligned, and at C = 640 the longest rows.
     """
     cases: dict[str, AotCase] = {}
 
-    def add(name: str, kernel: Any, dtype: str, relation: int, constexprs: dict[str, Any]) -> None:
-        case = _aot_case(kernel, dtype, relation, constexprs)
-        if case not in cases.values():
-            cases[name] = case
-
-    for dtype in ("bf16", "fp32"):
-        for channels, k in VIG:
-            relation = channels // 4
-            width = f"{dtype} C={channels}"
+    def add(dtype: str, channels: int, k: int, modes: tuple[str, ...], kernels: tuple[str, ...]) -> None:
+        relation = channels // 4
+        width = f"{dtype} C={channels}"
+        if "softmax" in kernels:
             softmax = _softmax_launch(k, VIG_HEADS, relation) | {"TIMES_K": True, "weights_ptr": None}
-            add(f"softmax {width} k={k}", relation_softmax_kernel, dtype, relation, softmax)
-            for mode, unused in MODE_UNUSED.items():
-                fixed = unused | {"SUM": mode == "rsum"}
-                tile = fixed | _channel_tile(channels, None if mode == "mr" else VIG_HEADS)
-                aggregate = tile | {"BLOCK_ROWS": ROWS, "UNROLL": UNROLL}
-                add(f"aggregate {mode} {width}", relation_aggregate_kernel, dtype, relation, aggregate)
-                nodes = tile | {"BLOCK_EDGES": EDGES, "OWN_KEYS": True}
-                add(f"nodes {mode} {width}", relation_nodes_kernel, dtype, relation, nodes)
-                if mode != "mr":
-                    scores = fixed | _scores_launch(k, VIG_HEADS, relation, channels)
-                    scores |= {"grad_weights_ptr": None}
-                    add(f"scores {mode} {width} k={k}", relation_scores_kernel, dtype, relation, scores)
-            dq = _channel_tile(relation, VIG_HEADS) | {"BLOCK_EDGES": EDGES}
-            add(f"dq {width}", relation_dq_kernel, dtype, relation, dq)
-        # The longest list there can be, with weights; and keys that are not the queries.
-        softmax = _softmax_launch(128, VIG_HEADS, 80) | {"TIMES_K": True}
-        add(f"softmax {dtype} C=320 k=128 weights", relation_softmax_kernel, dtype, 80, softmax)
-        for mode in ("rmr", "rsum"):
+            cases[f"softmax {width} k={k}"] = _aot_case(relation_softmax_kernel, dtype, relation, softmax)
+        for mode in modes:
             fixed = MODE_UNUSED[mode] | {"SUM": mode == "rsum"}
-            scores = fixed | _scores_launch(128, VIG_HEADS, 80, 320)
-            add(f"scores {mode} {dtype} C=320 k=128 weights", relation_scores_kernel, dtype, 80, scores)
-            tile = fixed | _channel_tile(320, VIG_HEADS)
-            add(f"centres {mode} {dtype}", relation_centres_kernel, dtype, 80, tile | {"BLOCK_ROWS": ROWS})
-            keys = tile | {"BLOCK_EDGES": EDGES, "OWN_KEYS": False}
-            add(f"nodes {mode} {dtype} other keys", relation_nodes_kernel, dtype, 80, keys)
+            tile = fixed | _channel_tile(channels, None if mode == "mr" else VIG_HEADS)
+            if "aggregate" in kernels:
+                aggregate = tile | {"BLOCK_ROWS": ROWS, "UNROLL": UNROLL}
+                name = f"aggregate {mode} {width}"
+                cases[name] = _aot_case(relation_aggregate_kernel, dtype, relation, aggregate)
+            if "nodes" in kernels:
+                nodes = tile | {"BLOCK_EDGES": EDGES, "OWN_KEYS": True}
+                cases[f"nodes {mode} {width}"] = _aot_case(relation_nodes_kernel, dtype, relation, nodes)
+            if "scores" in kernels and mode != "mr":
+                scores = fixed | _scores_launch(k, VIG_HEADS, relation, channels) | {"grad_weights_ptr": None}
+                name = f"scores {mode} {width} k={k}"
+                cases[name] = _aot_case(relation_scores_kernel, dtype, relation, scores)
+        if "dq" in kernels:
+            dq = _channel_tile(relation, VIG_HEADS) | {"BLOCK_EDGES": EDGES}
+            cases[f"dq {width}"] = _aot_case(relation_dq_kernel, dtype, relation, dq)
+
+    everything = ("softmax", "aggregate", "nodes", "scores", "dq")
+    add("bf16", 192, 18, ("mr", "rmr", "rsum"), everything)
+    add("fp32", 192, 18, ("mr", "rmr", "rsum"), everything)
+    add("bf16", 48, 9, ("rmr",), everything)
+    add("bf16", 640, 18, ("rmr",), ("softmax", "scores", "dq"))
+    # The longest list there can be, with weights; and keys that are not the queries.
+    softmax = _softmax_launch(128, VIG_HEADS, 80) | {"TIMES_K": True}
+    cases["softmax bf16 C=320 k=128 weights"] = _aot_case(relation_softmax_kernel, "bf16", 80, softmax)
+    for mode in ("rmr", "rsum"):
+        fixed = MODE_UNUSED[mode] | {"SUM": mode == "rsum"}
+        scores = fixed | _scores_launch(128, VIG_HEADS, 80, 320)
+        name = f"scores {mode} bf16 C=320 k=128 weights"
+        cases[name] = _aot_case(relation_scores_kernel, "bf16", 80, scores)
+        tile = fixed | _channel_tile(320, VIG_HEADS)
+        centres = tile | {"BLOCK_ROWS": ROWS}
+        cases[f"centres {mode} bf16"] = _aot_case(relation_centres_kernel, "bf16", 80, centres)
+        keys = tile | {"BLOCK_EDGES": EDGES, "OWN_KEYS": False}
+        cases[f"nodes {mode} bf16 other keys"] = _aot_case(relation_nodes_kernel, "bf16", 80, keys)
     return cases
 
 
