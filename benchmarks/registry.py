@@ -20,6 +20,7 @@ from fer_kernels import dispatch
 Inputs = dict[str, Tensor]
 
 ROLES = ("ours", "peer", "floor")  # a floor is less work than the operator needs: a bound, no rival
+NETWORKS = ("models",)  # suites besides those of the operators
 DIRECTIONS = ("forward", "backward")  # backward times what a training step pays: forward and backward
 
 
@@ -137,8 +138,8 @@ def register(suite: Suite) -> None:
 
 
 def load() -> dict[str, Suite]:
-    """Imports the file of every operator that has one; returns all suites by operator name."""
-    for op in dispatch.OPERATORS:
+    """Imports the file of every operator that has one, and of the networks; returns all suites by name."""
+    for op in (*dispatch.OPERATORS, *NETWORKS):
         module = f"{__package__}.{op}"
         if importlib.util.find_spec(module) is not None:
             importlib.import_module(module)

@@ -1,5 +1,21 @@
-"""Facial-expression-recognition systems on the operators of fer_kernels. None are built yet."""
+"""Facial-expression-recognition systems on the operators of fer_kernels, and the ViG family."""
 
 from fer_kernels import __version__
 
-__all__ = ["__version__"]
+from . import emotion_gcn, face2nodes, jadfer, lnlattennet, vig  # for their models to register
+from .base import FERModel
+from .output import FEROutput
+from .registry import create_model, list_models
+
+__all__ = [
+    "FERModel",
+    "FEROutput",
+    "__version__",
+    "create_model",
+    "emotion_gcn",
+    "face2nodes",
+    "jadfer",
+    "list_models",
+    "lnlattennet",
+    "vig",
+]

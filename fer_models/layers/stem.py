@@ -1,0 +1,163 @@
+"""From pixels to nodes: the convolution stems of ViG, their multi-scale form, and what halves a grid.
+
+All maps are (B, C, height, width) in channels-last memory, so that a map is a matrix of nodes as it lies.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from fer_kernels.nn import Projection
+
+from ..base import check_choice
+
+FUSIONS = ("concat", "sum", "gated", "kernels", "none")
+KERNELS = (3, 5, 7)  # of fusion="kernels"
+
+
+def nodes_of(x: Tensor) -> Tensor:
+    """(B, C, h, w) to (B, h * w, C); no copy in channels-last memory."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def map_of(nodes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, h * w, C) to (B, C, h, w) in channels-last memory; no copy."""
+    return nodes.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+class ConvStem(nn.Module):
+    """3 x 3 convolutions, each with a batch norm, and an activation after all but the last.
+
+    Args:
+        in_chans: channels of the image.
+        widths: of each convolution's output.
+        strides: of each convolution.
+        taps: convolutions whose activated outputs `maps` returns besides the last one's.
+    """
+
+    def __init__(
+        self, in_chans: int, widths: tuple[int, ...], strides: tuple[int, ...], taps: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for fan_in, width, stride in zip((in_chans, *widths[:-1]), widths, strides, strict=True):
+            convolution = nn.Conv2d(fan_in, width, 3, stride=stride, padding=1)
+            layers += [convolution, nn.BatchNorm2d(width), nn.GELU()]
+        self.convs = nn.Sequential(*layers[:-1])
+        self.taps = taps
+        reached = list(itertools.accumulate(strides, lambda total, stride: total * stride))
+        self.stride = reached[-1]
+        # (channels, how many times finer than the output) of each tapped map
+        self.tapped = tuple((widths[tap], self.stride // reached[tap]) for tap in taps)
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """x (B, in_chans, H, W) to the tapped maps, finest first, and the last one (B, C, h, w)."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        found = []
+        for position, layer in enumerate(self.convs):
+            x = layer(x)
+            if position % 3 == 2 and position // 3 in self.taps:
+                found.append(x)
+        return [*found, x]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_chans, H, W) to nodes (B, N, C)."""
+        return nodes_of(self.maps(x)[-1])
+
+
+class MultiScaleStem(ConvStem):
+    """A `ConvStem` whose earlier, finer maps join its last one: Face2Nodes' patch embedding, as we read it.
+
+    With F_s the map of scale s and F its last one, a_s = BN(W_s D_s(F_s)), where the depth-wise convolution
+    D_s brings F_s to F's grid, and
+
+        fusion="concat":   E = F + GELU(BN(W [a_s for the finer s and for F]))
+        fusion="sum":      E = F + Σ a_s over the finer s
+        fusion="gated":    E = Σ π_s a_s over all s, π = softmax_s(MLP(mean over nodes of Σ a_s)) per channel
+        fusion="kernels":  E = F + GELU(BN(W [3 x 3, 5 x 5 and 7 x 7 depth-wise convolutions of F]))
+        fusion="none":     E = F, the plain stem
+
+    The last batch norms before the "+" start with a scale of zero, so all but "gated" start as E = F and a
+    ViG's weights work from the first step.
+
+    Args:
+        in_chans, widths, strides, taps: as in `ConvStem`.
+        fusion: as above.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        widths: tuple[int, ...],
+        strides: tuple[int, ...],
+        taps: tuple[int, ...],
+        fusion: str = "concat",
+    ) -> None:
+        check_choice("MultiScaleStem", "fusion", fusion, FUSIONS)
+        super().__init__(in_chans, widths, strides, taps if fusion in ("concat", "sum", "gated") else ())
+        self.fusion, dim = fusion, widths[-1]
+        if fusion == "none":
+            return
+        if fusion == "kernels":
+            self.align = nn.ModuleList(_depthwise(dim, size, 1) for size in KERNELS)
+            self.fuse = Projection(dim * len(KERNELS), dim, groups=1)
+            return
+        scales = self.tapped if fusion == "sum" else (*self.tapped, (dim, 1))
+        # A window twice as wide as its step sees every pixel of the finer map.
+        self.align = nn.ModuleList(
+            nn.Identity() if ratio == 1 else _depthwise(width, 2 * ratio - 1, ratio)
+            for width, ratio in scales
+        )
+        self.project = nn.ModuleList(Projection(width, dim, groups=1, act=None) for width, _ in scales)
+        if fusion == "concat":
+            self.fuse = Projection(dim * len(scales), dim, groups=1)
+        elif fusion == "gated":
+            hidden = max(dim // 4, 8)
+            self.gate = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim * len(scales)))
+
+    def zero_fusion(self) -> None:
+        """The start described above; every other parameter stays as it is."""
+        starts = {"concat": ["fuse"], "kernels": ["fuse"], "sum": ["project"]}
+        for name in starts.get(self.fusion, []):
+            for module in getattr(self, name).modules():
+                if isinstance(module, nn.BatchNorm1d):
+                    nn.init.zeros_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.maps(x)
+        last = nodes_of(maps[-1])
+        if self.fusion == "none":
+            return last
+        if self.fusion == "kernels":
+            return last + self.fuse(torch.cat([nodes_of(align(maps[-1])) for align in self.align], -1))
+        aligned = [
+            project(nodes_of(align(of_scale)))
+            for of_scale, align, project in zip(maps, self.align, self.project, strict=False)
+        ]
+        if self.fusion == "concat":
+            return last + self.fuse(torch.cat(aligned, -1))
+        if self.fusion == "sum":
+            return sum(aligned, last)
+        scales = torch.stack(aligned, -1)  # (B, N, C, scales)
+        gates = self.gate(scales.sum(-1).mean(1)).unflatten(-1, (-1, scales.shape[-1])).softmax(-1)
+        return (scales * gates.unsqueeze(1)).sum(-1)
+
+
+class Downsample(nn.Module):
+    """Between two stages of a pyramid: 3 x 3 convolution of stride 2, batch norm; a side n becomes ⌈n/2⌉."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(out_channels)
+
+    def forward(self, nodes: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Nodes (B, h * w, C) to (B, ⌈h/2⌉ * ⌈w/2⌉, C_out)."""
+        return nodes_of(self.norm(self.conv(map_of(nodes, grid))))
+
+
+def _depthwise(channels: int, size: int, stride: int) -> nn.Module:
+    return nn.Conv2d(channels, channels, size, stride=stride, padding=size // 2, groups=channels)

@@ -1,0 +1,212 @@
+"""Models by name: registered with timm, and created with clear errors; weights are never unpickled."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models._manipulate import adapt_input_conv
+from torch import Tensor, nn
+
+_logger = logging.getLogger(__name__)
+
+WEIGHTS = Path(__file__).parent / "weights"  # <name>.<tag>.safetensors
+HEAD_OPTIONS = ("num_classes", "head", "head_options", "valence_arousal")
+_FILES = (".safetensors", ".pt", ".pth")
+_SHOWN = 10  # names of a mismatch that an error lists
+
+StateDict = dict[str, Tensor]
+
+
+def cfg(**changes: Any) -> dict[str, Any]:
+    """A default_cfg: how the model's input is made, and which layers timm adapts."""
+    return {
+        "num_classes": 8,
+        "input_size": (3, 224, 224),
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        **changes,
+    }
+
+
+def default_cfgs(cfgs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """timm's default cfgs of these architectures, each with a tag for every shipped file of weights."""
+    tagged: dict[str, Any] = {}
+    for name, values in cfgs.items():
+        tagged[name] = values
+        for tag, path in shipped_weights(name).items():
+            tagged[f"{name}.{tag}"] = {**values, "file": str(path)}
+    return generate_default_cfgs(tagged)
+
+
+def build(
+    model_class: type[nn.Module],
+    name: str,
+    pretrained: bool,
+    *,
+    filter_fn: Callable[[StateDict, nn.Module], StateDict] | None = None,
+    feature_cfg: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """What every registered function returns: timm's `build_model_with_cfg` of this class."""
+    return build_model_with_cfg(
+        model_class,
+        name,
+        pretrained,
+        pretrained_filter_fn=filter_fn,
+        feature_cfg=dict(feature_cfg or {}),
+        **kwargs,
+    )
+
+
+def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
+    """Names of the models of this package that match `filter` (* and ? as in a shell), sorted.
+
+    pretrained=True lists only those with weights.
+    """
+    ours = [name for name in timm.list_models(filter) if _module(name).startswith(f"{__package__}.")]
+    return [name for name in ours if not pretrained or shipped_weights(name)]
+
+
+def create_model(name: str, pretrained: bool | str | os.PathLike = False, **kwargs: Any) -> Any:
+    """The model of this name in `list_models()`; kwargs are its options.
+
+    Args:
+        pretrained: False; True for the model's first shipped weights; the tag of shipped weights, such as
+            "ferplus"; or the path of a .safetensors, .pt or .pth file with a state dict (the latter two are
+            read with weights_only=True). What does not fit is an error. The head alone may be another one
+            than the file's, where one of num_classes, head, head_options and valence_arousal is given.
+    """
+    if name not in (known := list_models()):
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(known)}"
+        raise ValueError(f"create_model: unknown model {name!r}: {hint}")
+    features_only = kwargs.pop("features_only", False)
+    if pretrained is False or pretrained is None:
+        if features_only:  # timm passes even features_only=False on
+            kwargs["features_only"] = True
+        return timm.create_model(name, **kwargs)
+    path = _weights_path(name, pretrained)
+    if features_only:
+        raise ValueError(
+            f"create_model: features_only=True takes no pretrained weights here; "
+            f"use timm.create_model({name!r}, pretrained=True, features_only=True) with shipped weights"
+        )
+    model = timm.create_model(name, **kwargs)
+    load_weights(model, path, other_head=any(option in kwargs for option in HEAD_OPTIONS))
+    return model
+
+
+def shipped_weights(name: str) -> dict[str, Path]:
+    """Tag -> file of the weights of this model that come with the package."""
+    return {path.name.split(".")[1]: path for path in sorted(WEIGHTS.glob(f"{name}.*.safetensors"))}
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike, *, other_head: bool = False) -> None:
+    """Load a state dict from a file into a model of this package.
+
+    A file of the published original (ViG's) is translated. `other_head`: the file's head may be another one
+    than the model's; the model's then stays as it is.
+    """
+    state = read_state_dict(path)
+    module: Any = sys.modules[type(model).__module__]
+    translate = getattr(module, "checkpoint_filter_fn", None)
+    if translate is not None:
+        state = translate(state, model)
+    own = model.state_dict()
+    first_conv = getattr(model, "default_cfg", {}).get("first_conv")
+    weight = f"{first_conv}.weight"
+    if first_conv and weight in state and state[weight].shape[1] != own[weight].shape[1]:
+        state[weight] = adapt_input_conv(own[weight].shape[1], state[weight], state[weight].shape[1])
+    if other_head and not _fits(own, state, "head."):
+        _logger.warning("%s: the head of %s is another one; the model keeps its new head", _name(model), path)
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+        state |= {name: tensor for name, tensor in own.items() if name.startswith("head.")}
+    problems = _mismatch(own, state)
+    if problems:
+        raise ValueError(f"{_name(model)}: {path} is not a state dict of this model: {problems}")
+    model.load_state_dict(state)
+
+
+def read_state_dict(path: str | os.PathLike) -> StateDict:
+    """The state dict of a .safetensors, .pt or .pth file, on the CPU; nothing is ever unpickled."""
+    path = Path(path)
+    if path.suffix not in _FILES:
+        raise ValueError(f"read_state_dict: {path} must be one of {', '.join(_FILES)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"read_state_dict: no file {path}")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"read_state_dict: {path} holds no state dict")
+    # What DDP and torch.compile put before the names.
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}
+
+
+def _weights_path(name: str, pretrained: bool | str | os.PathLike) -> Path:
+    if not isinstance(pretrained, (bool, str, os.PathLike)):
+        raise TypeError(f"create_model: pretrained must be a bool, a tag or a path, got {pretrained!r}")
+    if not isinstance(pretrained, bool):
+        text = os.fspath(pretrained)
+        if text.endswith(_FILES) or os.sep in text:
+            return Path(text)
+    tags = shipped_weights(name)
+    if tags and pretrained is True:
+        return next(iter(tags.values()))
+    if pretrained in tags:
+        return tags[str(pretrained)]
+    wanted = "no weights are" if pretrained is True else f"no weights with the tag {pretrained!r} are"
+    known = f"known tags: {', '.join(tags)}" if tags else "it has none yet"
+    raise ValueError(
+        f"create_model: {wanted} shipped for {name} ({known}); "
+        "pass the path of a state dict, or pretrained=False"
+    )
+
+
+def _module(name: str) -> str:
+    return timm.models.model_entrypoint(name).__module__
+
+
+def _name(model: nn.Module) -> str:
+    return getattr(model, "name", type(model).__name__)
+
+
+def _fits(own: StateDict, state: StateDict, prefix: str) -> bool:
+    shapes = [{n: t.shape for n, t in tensors.items() if n.startswith(prefix)} for tensors in (own, state)]
+    return shapes[0] == shapes[1]
+
+
+def _mismatch(own: StateDict, state: StateDict) -> str:
+    shapes = [
+        f"{name}: {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    found = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "of another shape": shapes,
+    }
+    return "; ".join(
+        f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+        for what, names in found.items()
+        if names
+    )
