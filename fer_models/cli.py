@@ -1,0 +1,436 @@
+"""The command `fer`: train, evaluate, measure speed, look at data."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Facial expression recognition: train, evaluate, measure, look at data.
+
+  fer train                                   built-in faces, face2nodes_nano, a few minutes on two cores
+  fer train ferplus_face2nodes_xs --root DATA a recipe on a data set of yours
+  fer eval runs/face2nodes_nano-synthetic-1   a run's best checkpoint on its validation data
+  fer data check DATA                         what a folder or zip file holds, and what is wrong with it
+"""
+
+TRAIN_EXAMPLES = """\
+examples:
+  fer train
+  fer train --epochs 3 --lr 5e-4 --model jadfer_xs --model-options variety=hinge
+  fer train ferplus_face2nodes_xs --root ../shared/data --out runs/first
+  fer train --out runs/first --resume auto
+  fer train --seeds 0 1 2
+  torchrun --nproc-per-node 4 -m fer_models.cli train --batch-size 256
+
+A recipe is the name of one that comes with the package, or a YAML file; options win over it. Ctrl-C finishes
+the step, saves and ends; --resume auto goes on from there, also after a crash, with the same result as an
+unbroken run.
+"""
+
+EVAL_EXAMPLES = """\
+examples:
+  fer eval runs/first                                 its best checkpoint, on the data it was validated on
+  fer eval best.safetensors --data ferplus --root DATA --data-options protocol=majority --flip
+  fer eval runs/first runs/second                     both, and whether they differ
+"""
+
+USER_MISTAKE, STOPPED, INTERRUPTED = 2, 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    # Imports that take seconds come after the help
+    from .data import DataError
+    from .train.checkpoint import CheckpointError
+    from .train.config import ConfigError
+    from .train.engine import Interrupted, TrainingStopped
+
+    try:
+        return options.run(options) or 0
+    except Interrupted:
+        print("interrupted; the checkpoint is written, --resume auto goes on from it", file=sys.stderr)
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except TrainingStopped as error:
+        print(f"fer: {error}", file=sys.stderr)
+        return STOPPED
+    except (ConfigError, DataError, CheckpointError, ValueError, TypeError, FileNotFoundError) as error:
+        if options.traceback:
+            raise
+        print(f"fer: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_MISTAKE
+
+
+def make_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="fer", description=DESCRIPTION, formatter_class=raw)
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a model", epilog=TRAIN_EXAMPLES, formatter_class=raw)
+    train.add_argument("recipe", nargs="?", help="name of a recipe, or a YAML file")
+    train.add_argument("--out", help="run folder (default: runs/MODEL-DATA-NUMBER)")
+    train.add_argument("--resume", choices=("never", "auto", "must"), default="never", help="default: never")
+    train.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="several runs, and their spread")
+    train.add_argument("--folds", type=int, help="k-fold cross-validation of a data set by subject")
+    train.add_argument("--print-config", action="store_true", help="print the configuration and stop")
+    _add_config(train)
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser(
+        "eval", help="evaluate checkpoints", epilog=EVAL_EXAMPLES, formatter_class=raw
+    )
+    evaluate.add_argument("checkpoint", nargs="+", help="run folder or .safetensors file; two are compared")
+    evaluate.add_argument("--data", help="data set (default: the run's)")
+    evaluate.add_argument("--root", help="its folder or zip file (default: the run's)")
+    evaluate.add_argument("--split", default="valid", help="default: valid")
+    evaluate.add_argument("--data-options", nargs="+", default=[], metavar="KEY=VALUE")
+    evaluate.add_argument("--size", type=int, default=0, help="pixels a side (default: the checkpoint's)")
+    evaluate.add_argument("--batch-size", type=int, default=64)
+    evaluate.add_argument("--workers", type=int, default=-1)
+    evaluate.add_argument("--device", default="auto")
+    evaluate.add_argument("--flip", action="store_true", help="mean over each image and its mirror image")
+    evaluate.add_argument("--json", metavar="PATH", help="metrics and confusion matrix")
+    evaluate.add_argument("--picture", metavar="PATH", help="the confusion matrix as a PNG")
+    evaluate.set_defaults(run=_evaluate)
+
+    bench = commands.add_parser(
+        "bench",
+        help="speed of a model on this machine",
+        epilog="example:\n  fer bench face2nodes_ti --batch-size 16\n\n"
+        "The operators alone are measured by `python -m benchmarks` in the source tree.",
+        formatter_class=raw,
+    )
+    bench.add_argument("model", nargs="?", default="face2nodes_xs")
+    bench.add_argument("--batch-size", type=int, default=16)
+    bench.add_argument("--size", type=int, default=0)
+    bench.add_argument("--device", default="auto")
+    bench.add_argument("--amp", action="store_true", help="autocast to bfloat16")
+    bench.add_argument("--seconds", type=float, default=5.0, help="of measuring, for each row")
+    bench.set_defaults(run=_bench)
+
+    data = commands.add_parser("data", help="look at data sets", description="Look at data sets.")
+    actions = data.add_subparsers(required=True, metavar="ACTION")
+    check = actions.add_parser(
+        "check",
+        help="what a folder or zip file holds, and what is wrong with it",
+        epilog="example:\n  fer data check DATA --name ferplus --data-options protocol=majority",
+        formatter_class=raw,
+    )
+    check.add_argument("path")
+    check.add_argument("--name", help="the data set, where its layout does not tell")
+    check.add_argument("--data-options", nargs="+", default=[], metavar="KEY=VALUE")
+    check.set_defaults(run=_data_check)
+    preview = actions.add_parser(
+        "preview",
+        help="a contact sheet, one row a class",
+        epilog="example:\n  fer data preview synthetic --out faces.png",
+        formatter_class=raw,
+    )
+    preview.add_argument("name")
+    preview.add_argument("--root", help="folder or zip file")
+    preview.add_argument("--split", default="train")
+    preview.add_argument("--data-options", nargs="+", default=[], metavar="KEY=VALUE")
+    preview.add_argument("--out", default="preview.png")
+    preview.set_defaults(run=_data_preview)
+    actions.add_parser("list", help="known data sets").set_defaults(run=_data_list)
+
+    info = commands.add_parser(
+        "info",
+        help="models, recipes, and what was built",
+        epilog="example:\n  fer info --models",
+        formatter_class=raw,
+    )
+    info.add_argument("--models", action="store_true", help="models and their sizes only")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    """An option for every field of the configuration."""
+    from .train.config import TrainConfig
+
+    types = typing.get_type_hints(TrainConfig)
+    group = parser.add_argument_group("configuration")
+    for item in dataclasses.fields(TrainConfig):
+        flag, text = "--" + item.name.replace("_", "-"), item.metadata["help"].replace("%", "%%")
+        wanted: Any = types[item.name]
+        if typing.get_origin(wanted) is dict:
+            group.add_argument(flag, nargs="+", metavar="KEY=VALUE", help=text)
+        elif wanted is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            default = f" (default: {item.default})" if item.default != "" else ""
+            group.add_argument(flag, type=wanted, metavar=wanted.__name__.upper(), help=text + default)
+
+
+def pairs(texts: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE ... as YAML reads the values."""
+    from .train.config import ConfigError, parse_value
+
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"expected KEY=VALUE, got {text!r}")
+        found[key] = parse_value(value)
+    return found
+
+
+# fer train
+
+
+def _train(options: argparse.Namespace) -> int:
+    from .train.config import ConfigError, TrainConfig, read_yaml
+
+    values = read_yaml(options.recipe) if options.recipe else {}
+    for item in dataclasses.fields(TrainConfig):
+        given = getattr(options, item.name)
+        if given is None:
+            continue
+        if isinstance(given, list):  # keys of a recipe stay unless named
+            given = {**values.get(item.name, {}), **pairs(given)}
+        values[item.name] = given
+    config = TrainConfig.from_dict(values, options.recipe or "options")
+    if options.print_config:
+        print(config.to_yaml(), end="")
+        return 0
+    if options.seeds and options.folds:
+        raise ConfigError("--seeds and --folds do not go together")
+    folder = _run_folder(config, options)
+    if not options.seeds and not options.folds:
+        _one_run(config, folder, options.resume)
+        return 0
+    if options.folds:
+        parts = {"folds": options.folds}
+        runs = {
+            f"fold-{fold}": dataclasses.replace(
+                config, data_options={**config.data_options, **parts, "fold": fold}
+            )
+            for fold in range(options.folds)
+        }
+    else:
+        runs = {f"seed-{seed}": dataclasses.replace(config, seed=seed) for seed in options.seeds}
+    results = {name: _one_run(part, folder / name, options.resume) for name, part in runs.items()}
+    summary = spread(list(results.values()))
+    (folder / "summary.json").write_text(json.dumps({"runs": results, "summary": summary}, indent=2) + "\n")
+    print(f"\n{len(results)} runs, mean ± deviation:")
+    for name, value in summary.items():
+        print(f"  {name:22} {value['mean']:.4f} ± {value['deviation']:.4f}")
+    print(f"in {folder / 'summary.json'}")
+    return 0
+
+
+def spread(results: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and sample deviation of the metrics that all runs have."""
+    import statistics
+
+    names = [name for name in results[0] if all(name in result for result in results)]
+    summary = {}
+    for name in names:
+        values = [float(result[name]) for result in results]
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        summary[name] = {"mean": statistics.fmean(values), "deviation": deviation}
+    return summary
+
+
+def _run_folder(config: Any, options: argparse.Namespace) -> Path:
+    import os
+
+    if options.out:
+        return Path(options.out)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from .train.config import ConfigError
+
+        raise ConfigError("several processes need --out, the run folder that they share")
+    stem = f"{config.model.replace('/', '-')}-{config.data}"
+    numbers = [
+        int(path.name[len(stem) + 1 :])
+        for path in Path("runs").glob(f"{stem}-*")
+        if path.name[len(stem) + 1 :].isdigit()
+    ]
+    if options.resume != "never" and numbers:
+        return Path("runs") / f"{stem}-{max(numbers)}"
+    return Path("runs") / f"{stem}-{max(numbers, default=0) + 1}"
+
+
+def _one_run(config: Any, folder: Path, resume: str) -> dict[str, float]:
+    import os
+
+    from .train.engine import fit
+
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    if main_process:
+        print(config.to_yaml(), flush=True)
+    best = fit(config, folder, resume)
+    if main_process and best:
+        print(f"\nbest epoch {int(best['epoch']) + 1}: accuracy {best.get('accuracy', float('nan')):.4f}")
+        for name, what in (
+            ("best.safetensors", "checkpoint"),
+            ("curves.png", "curves"),
+            ("confusion.png", "confusion matrix"),
+            ("metrics.json", "metrics"),
+        ):
+            print(f"  {what:17} {folder / name}")
+    return {name: value for name, value in best.items() if isinstance(value, (int, float))}
+
+
+# fer eval
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from .metrics import paired_bootstrap
+
+    found = [_evaluate_one(Path(path), options) for path in options.checkpoint]
+    for path, (predictions, classes) in zip(options.checkpoint, found, strict=True):
+        print(f"{path}:")
+        for name, value in predictions.metrics().items():
+            print(f"  {name:22} {value:.4f}" if name != "samples" else f"  {name:22} {int(value)}")
+        confusion = predictions.confusion
+        for name, row in zip(classes, confusion, strict=True):
+            share = row[list(classes).index(name)] / max(row.sum(), 1)
+            print(f"    {name:10} {share:7.2%} of {int(row.sum())}")
+    report: dict[str, Any] = {
+        str(path): {
+            "metrics": predictions.metrics(),
+            "classes": list(classes),
+            "confusion": predictions.confusion.tolist(),
+        }
+        for path, (predictions, classes) in zip(options.checkpoint, found, strict=True)
+    }
+    if len(found) == 2:
+        test = paired_bootstrap(found[0][0], found[1][0])
+        report["paired_bootstrap"] = test
+        print(
+            f"difference in accuracy {test['difference']:+.4f}, 95 % of resamples within "
+            f"[{test['low']:+.4f}, {test['high']:+.4f}], p = {test['p_value']:.4f}"
+        )
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
+    if options.picture:
+        from .train import pictures
+
+        pictures.confusion(found[0][0].confusion, found[0][1], options.picture)
+    return 0
+
+
+def _evaluate_one(path: Path, options: argparse.Namespace) -> tuple[Any, Sequence[str]]:
+    from .data import create_dataset, eval_transform
+    from .data.transforms import PLAIN_MEAN
+    from .train.checkpoint import load_checkpoint
+    from .train.config import ConfigError, TrainConfig
+    from .train.distributed import World, pick_device
+    from .train.evaluate import evaluate
+
+    file, run = (path / "best.safetensors", path) if path.is_dir() else (path, path.parent)
+    model, about = load_checkpoint(file)
+    config = TrainConfig.read(run / "config.yaml") if (run / "config.yaml").is_file() else None
+    data = options.data or (config.data if config else about.get("data"))
+    if not data:
+        raise ConfigError(f"{file} does not say what it was validated on; name it with --data")
+    same = config is not None and data == config.data
+    root = options.root or (config.root if config and same else "")
+    kept = config.data_options if config and same else {}
+    device = pick_device(options.device)
+    cfg = getattr(model, "default_cfg", None) or {}
+    size = options.size or about.get("size") or int(cfg.get("input_size", (3, 64, 64))[-1])
+    transform = eval_transform(size, imagenet=tuple(cfg.get("mean", PLAIN_MEAN)) != PLAIN_MEAN)
+    dataset = create_dataset(
+        data, root or None, options.split, transform=transform, **{**kept, **pairs(options.data_options)}
+    )
+    if dataset.num_classes != len(about.get("classes", dataset.classes)):
+        raise ConfigError(
+            f"{file} knows {len(about['classes'])} classes and {data} has {dataset.num_classes}; "
+            f"--data-options classes={len(about['classes'])}"
+        )
+    predictions = evaluate(
+        model.to(device),
+        dataset,
+        world=World(0, 1, device),
+        batch_size=options.batch_size,
+        workers=options.workers,
+        flip=options.flip,
+    )
+    return predictions, dataset.classes
+
+
+# fer bench, fer data, fer info
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .train.speed import measure
+
+    rows = measure(
+        options.model,
+        batch_size=options.batch_size,
+        size=options.size,
+        device=options.device,
+        amp=options.amp,
+        seconds=options.seconds,
+    )
+    print(f"{'backend':10} {'inference':>14} {'training step':>14}   images a second")
+    for backend, inference, training in rows:
+        print(f"{backend:10} {inference:14.1f} {training:14.1f}")
+    if len(rows) == 2:
+        print(f"{'ratio':10} {rows[0][1] / rows[1][1]:13.2f}x {rows[0][2] / rows[1][2]:13.2f}x")
+    return 0
+
+
+def _data_check(options: argparse.Namespace) -> int:
+    from .data import check
+
+    report = check(options.path, options.name, **pairs(options.data_options))
+    print(report)
+    return 0 if report.ok else USER_MISTAKE
+
+
+def _data_preview(options: argparse.Namespace) -> int:
+    from .data import create_dataset, preview
+
+    dataset = create_dataset(options.name, options.root, options.split, **pairs(options.data_options))
+    preview(dataset, options.out)
+    print(f"{dataset}\nin {options.out}")
+    return 0
+
+
+def _data_list(options: argparse.Namespace) -> int:
+    from .data import DATASETS
+
+    for name, kind in DATASETS.items():
+        print(f"{name:12} {(kind.__doc__ or '').splitlines()[0]}")
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    import torch
+
+    from . import create_model, list_models
+    from .train.config import recipes
+
+    print("models" + " " * 20 + "parameters  input")
+    for name in list_models():
+        with torch.device("meta"):
+            model = create_model(name)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        print(f"  {name:24} {count / 1e6:6.2f} M   {model.default_cfg['input_size'][-1]} pixels")
+    if options.models:
+        return 0
+    print(f"\nrecipes\n  {', '.join(recipes())}\n")
+    from fer_kernels import info
+
+    print(info.readable(info.collect()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

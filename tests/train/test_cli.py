@@ -1,0 +1,143 @@
+"""What a user types, right and wrong: one line of explanation, and the exit code."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from fer_models.cli import main
+from fer_models.train.checkpoint import load_checkpoint, save_checkpoint
+
+TINY = (
+    *("--epochs", "1", "--batch-size", "16", "--workers", "0", "--size", "32"),
+    *("--data-options", "length=64", "size=32", "--model-options", "dims=[32]", "depths=[1]", "stride=4"),
+)
+
+
+def fails(capsys, *arguments: str) -> str:
+    assert main(arguments) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("fer: ") and text.count("\n") == 1, text
+    return text
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(["train", *TINY, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_train_writes_what_it_says(run, capsys):
+    for name in ("config.yaml", "log.csv", "metrics.json", "best.safetensors", "last.safetensors", "last.pt"):
+        assert (run / name).is_file(), name
+    for name in ("curves.png", "confusion.png"):
+        assert (run / name).read_bytes()[:4] == b"\x89PNG"
+    model, about = load_checkpoint(run / "best.safetensors")
+    assert about["classes"][:2] == ["neutral", "happy"] and model(torch.zeros(1, 3, 32, 32)).shape == (1, 8)
+
+
+def test_eval_agrees_with_training(run, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    assert main(["eval", str(run), "--workers", "0", "--json", str(report)]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    found = json.loads(report.read_text())[str(run)]["metrics"]
+    trained = json.loads((run / "metrics.json").read_text())
+    assert found == trained
+    assert main(["eval", str(run), str(run), "--workers", "0", "--flip"]) == 0
+    assert "difference in accuracy +0.0000" in capsys.readouterr().out
+
+
+def test_seeds(tmp_path, capsys):
+    assert main(["train", *TINY, "--out", str(tmp_path / "runs"), "--seeds", "1", "2"]) == 0
+    summary = json.loads((tmp_path / "runs" / "summary.json").read_text())
+    assert set(summary["runs"]) == {"seed-1", "seed-2"} and "accuracy" in summary["summary"]
+    assert "±" in capsys.readouterr().out
+
+
+def test_wrong_configurations(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rate: 0.1\nmodle: vig_ti\n")
+    assert "unknown key 'learning_rate'" in fails(capsys, "train", str(recipe))
+    recipe.write_text("modle: vig_ti\n")
+    assert "did you mean 'model'?" in fails(capsys, "train", str(recipe))
+    recipe.write_text("epochs: many\n")
+    assert "epochs must be a whole number, got 'many'" in fails(capsys, "train", str(recipe))
+    recipe.write_text("- 1\n- 2\n")
+    assert "must hold keys and values" in fails(capsys, "train", str(recipe))
+    recipe.write_text("a: [\n")
+    assert "is not YAML" in fails(capsys, "train", str(recipe))
+    assert "recipes are" in fails(capsys, "train", "no_such_recipe")
+    out = ("--out", str(tmp_path / "run"))
+    assert "did you mean 'face2nodes_nano'" in fails(capsys, "train", "--model", "face2nodes_nanu", *out)
+    assert "expected one of" in fails(capsys, "train", "--data", "ferplos", *out)
+    assert "unknown schedule 'cosin'" in fails(capsys, "train", "--schedule", "cosin", *out)
+    assert "KEY=VALUE" in fails(capsys, "train", "--model-options", "dims", *out)
+    assert "fewer than batch_size" in fails(capsys, "train", *TINY, "--batch-size", "128", *out)
+    assert "needs root" in fails(capsys, "train", "--data", "ferplus", *out)
+    assert (
+        "no CUDA device" in fails(capsys, "train", *TINY, "--device", "cuda", *out)
+        or torch.cuda.is_available()
+    )
+    assert "nothing to resume" in fails(capsys, "train", *TINY, "--resume", "must", *out)
+
+
+def test_unwritable_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    text = fails(capsys, "train", *TINY, "--out", str(tmp_path / "file" / "run"))
+    assert "cannot write to the run folder" in text
+
+
+def test_wrong_checkpoints(run, tmp_path, capsys):
+    assert "no checkpoint" in fails(capsys, "eval", str(tmp_path / "none"))
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes((run / "best.safetensors").read_bytes()[:5000])
+    assert "not a readable safetensors file" in fails(capsys, "eval", str(broken))
+    other, about = load_checkpoint(run / "best.safetensors")
+    wrong = tmp_path / "wrong.safetensors"
+    save_checkpoint(wrong, other, {**about, "model": "face2nodes_xs"})
+    assert "are not those of face2nodes_xs" in fails(capsys, "eval", str(wrong), "--data", "synthetic")
+    seven = ("--data", "synthetic", "--data-options", "classes=7", "size=32", "length=16")
+    assert "knows 8 classes" in fails(capsys, "eval", str(run / "best.safetensors"), *seven)
+
+
+class Malice:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_nothing_is_unpickled(tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with open(folder / "last.pt", "wb") as file:
+        pickle.dump({"model": Malice()}, file)
+    text = fails(capsys, "train", *TINY, "--out", str(folder), "--resume", "auto")
+    assert "not loaded" in text and "executed" not in text
+
+
+def test_stops_at_a_loss_that_is_not_finite(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(["train", *TINY, "--lr", "1e30", "--warmup-epochs", "0", "--epochs", "3", "--clip", "0",
+                 "--optimizer", "sgd", "--out", str(folder)]) == 1  # fmt: skip
+    assert "no longer finite" in capsys.readouterr().err
+
+
+def test_help_shows_examples(capsys):
+    for arguments in ([], ["train"], ["eval"], ["bench"], ["data", "check"], ["data", "preview"], ["info"]):
+        with pytest.raises(SystemExit) as end:
+            main([*arguments, "--help"])
+        assert end.value.code == 0
+        assert "fer " in capsys.readouterr().out.split("usage:")[1].split("\n", 1)[1]
+
+
+def test_data_commands(tmp_path, capsys):
+    out = tmp_path / "faces.png"
+    assert main(["data", "preview", "synthetic", "--out", str(out), "--data-options", "length=32"]) == 0
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    assert main(["data", "list"]) == 0 and "ferplus" in capsys.readouterr().out
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert main(["data", "check", str(empty)]) == 2
+    assert "empty" in capsys.readouterr().out
