@@ -24,6 +24,7 @@ constexpr int64_t kKeptBytes = 1 << 20;  // powers of one head: with its keys an
 constexpr int64_t kChunkQueries = 512;   // queries of a unit where powers are not kept
 constexpr int64_t kKeyBlock = 128;       // keys summed in one chain: longer ones err more, and rows stay in the cache
 constexpr int64_t kSumBlock = 32;        // the same for the sums of a row's powers
+constexpr int kFew = 4;                  // so few queries are multiplied channel by channel
 constexpr double kLostPowers = 1e-25;    // a kept sum below this may have lost powers to underflow
 
 template <class A>
@@ -125,6 +126,66 @@ void panel_products(const A* tiles, int64_t keys, const A* panel, int64_t width,
     });
 }
 
+// The same for up to kFew queries, whose lanes would be nearly empty: a vector holds channels, and as many keys
+// times kFew queries as there are lanes are summed at once. No key is packed.
+template <class A>
+void few_products(const A* keys, int64_t count, const A* queries, int64_t pitch, A scale, A* products) {
+  if constexpr (kLanes<A> >= kFew) {
+    constexpr int together = kLanes<A> / kFew;
+    for (int64_t first = 0; first < count; first += together) {
+      Vec<A> parts[kLanes<A>] = {};
+      for (int64_t c = 0; c < pitch; c += kLanes<A>) {
+        Vec<A> query[kFew];
+        for (int i = 0; i < kFew; ++i) query[i] = load(queries + i * pitch + c);
+#pragma GCC unroll 16
+        for (int t = 0; t < kLanes<A>; ++t)
+          parts[t] += load(keys + std::min(first + t / kFew, count - 1) * pitch + c) * query[t % kFew];
+      }
+      const Vec<A> sums = total_of_each<A>(parts) * scale;
+      // The other lanes repeat the four queries: whatever is computed from them is finite, and not looked at.
+      [&]<int... g>(std::integer_sequence<int, g...>) {
+        ((first + g < count ? store(products + (first + g) * kPanel<A>, repeated<A, g>(sums)) : void()), ...);
+      }(std::make_integer_sequence<int, together>{});
+    }
+  }
+}
+
+// A head's rows (keys or values), to be multiplied with panels of queries.
+template <class A, class T>
+class Factor {
+ public:
+  Factor(int64_t rows, int64_t width, int64_t queries)
+      : width_(width), pitch_(padded<A>(width)), few_(queries <= kFew && kLanes<A> >= kFew),
+        tiles_(allocate<A>(few_ ? 0 : padded_rows(rows) / kRows * width * kPackedRows)),
+        panel_(allocate<A>(few_ ? kFew * pitch_ : width * kPanel<A>)) {}
+
+  void enter(Rows<A, T> rows) {
+    keys_ = rows.count;
+    if (few_)
+      matrix_ = rows.to_matrix(copy_);
+    else
+      rows.to_tiles(tiles_.get());
+  }
+
+  // products[key * kPanel + query] = key . query * scale
+  void times(const T* queries, int count, A scale, A* products) {
+    if (few_) {
+      for (int i = 0; i < kFew; ++i)
+        load_row(queries + std::min(i, count - 1) * width_, width_, pitch_, panel_.get() + i * pitch_);
+      return few_products(matrix_, keys_, panel_.get(), pitch_, scale, products);
+    }
+    pack_panel(queries, width_, count, panel_.get());
+    panel_products(tiles_.get(), keys_, panel_.get(), width_, count, scale, products);
+  }
+
+ private:
+  const int64_t width_, pitch_;
+  const bool few_;
+  int64_t keys_ = 0;
+  const A* matrix_ = nullptr;
+  Buffer<A> tiles_, panel_, copy_;
+};
+
 // out[query * pitch + c] = Σ_key powers[key * kPanel + query] * matrix[key * pitch + c], over all keys or the chosen.
 template <class A>
 void weighted_rows(const A* powers, int64_t keys, const int32_t* chosen, const A* matrix, int64_t pitch, int count,
@@ -151,16 +212,15 @@ void weighted_rows(const A* powers, int64_t keys, const int32_t* chosen, const A
   if (keys == 0) std::fill_n(out, count * pitch, A(0));
 }
 
-// sums[key * pitch + c] += Σ_query values[key * kPanel + query] * matrix[query * pitch + c]
-template <class A>
-void add_weighted_queries(const A* values, int64_t keys, const A* matrix, int64_t pitch, int count, A* sums) {
+// put(key, c, a vector of Σ_query values[key * kPanel + query] * matrix[query * pitch + c])
+template <class A, class Put>
+void weighted_queries(const A* values, int64_t keys, const A* matrix, int64_t pitch, int count, Put put) {
   for (int64_t first = 0; first < keys; first += kRows)
     with_rows(std::min<int64_t>(keys - first, kRows), [&](auto rows) {
       for_each_column_tile<A>(pitch, [&](auto vectors, int64_t c) {
         product_tile<A, rows, vectors, kPanel<A>, 1>(values + first * kPanel<A>, matrix + c, pitch, count, nullptr,
                                                      [&](int r, int v, Vec<A> sum) {
-                                                       A* to = sums + (first + r) * pitch + c + v * kLanes<A>;
-                                                       store(to, load(to) + sum);
+                                                       put(first + r, c + v * kLanes<A>, sum);
                                                      });
       });
     });
@@ -265,8 +325,7 @@ class Forward {
         rows_(padded_rows(call.keys)),
         panels_(keep_all ? (call.queries + kP - 1) / kP : 1),
         choice_(call),
-        tiles_(allocate<A>(rows_ / kRows * call.width * kPackedRows)),
-        queries_(allocate<A>(call.width * kP)),
+        key_factor_(call.keys, call.width, call.queries),
         powers_(allocate<A>(panels_ * rows_ * kP)),
         largest_(allocate<A>(panels_ * kP)),
         total_(allocate<A>(panels_ * kP)),
@@ -350,7 +409,7 @@ class Forward {
     head_ = head;
     keys_ = chosen ? static_cast<int64_t>(chosen->size()) : call_.keys;
     chosen_ = chosen ? chosen->data() : nullptr;
-    rows_of(call_.k).to_tiles(tiles_.get());
+    key_factor_.enter(rows_of(call_.k));
   }
 
   Rows<A, T> rows_of(const void* data) const {
@@ -371,9 +430,8 @@ class Forward {
   // Powers exp(score - largest) of a panel and their sums.
   void powers(int64_t first, int count, const A* bias, int64_t at) {
     const T* q = static_cast<const T*>(call_.q) + (head_ * call_.queries + first) * call_.width;
-    pack_panel(q, call_.width, count, queries_.get());
     A* to = panel(at);
-    panel_products(tiles_.get(), keys_, queries_.get(), call_.width, count, static_cast<A>(call_.scale), to);
+    key_factor_.times(q, count, static_cast<A>(call_.scale), to);
     for (int v = 0; v < vectors(count); ++v) {
       A* column = to + v * kLanes<A>;
       Vec<A> largest = splat(-kInfinity<A>);
@@ -503,7 +561,8 @@ class Forward {
   int64_t head_ = -1, keys_ = 0;
   const int32_t* chosen_ = nullptr;
   const A* values_ = nullptr;
-  Buffer<A> tiles_, queries_, powers_, largest_, total_, out_, value_rows_;
+  Factor<A, T> key_factor_;
+  Buffer<A> powers_, largest_, total_, out_, value_rows_;
   std::vector<double> sums_;
   std::vector<int32_t> kept_;
 };
@@ -514,18 +573,14 @@ template <class A, class T>
 class Backward {
  public:
   explicit Backward(const JadBackward& call)
-      : call_(call), pitch_(padded<A>(call.width)), rows_(padded_rows(call.keys)) {
-    const int64_t tiles = rows_ / kRows * call.width * kPackedRows;
-    key_tiles_ = allocate<A>(tiles);
-    query_panel_ = allocate<A>(call.width * kP);
+      : call_(call), pitch_(padded<A>(call.width)), rows_(padded_rows(call.keys)),
+        key_factor_(call.keys, call.width, call.queries), value_factor_(call.v ? call.keys : 0, call.width, call.queries) {
     query_rows_ = allocate<A>(kP * pitch_);
     weights_ = allocate<A>(rows_ * kP);
     grads_ = allocate<A>(rows_ * kP);
     key_sums_ = allocate<A>(rows_ * pitch_);
     dq_ = allocate<A>(kP * pitch_);
     if (!call.v) return;
-    value_tiles_ = allocate<A>(tiles);
-    grad_panel_ = allocate<A>(call.width * kP);
     grad_rows_ = allocate<A>(kP * pitch_);
     value_sums_ = allocate<A>(rows_ * pitch_);
   }
@@ -538,16 +593,11 @@ class Backward {
       if (!bias_ || bias_[j] != -kInfinity<A>) kept_.push_back(static_cast<int32_t>(j));
     keys_ = static_cast<int64_t>(kept_.size());
     chosen_ = keys_ == call_.keys ? nullptr : kept_.data();
-    rows_of(call_.k).to_tiles(key_tiles_.get());
+    key_factor_.enter(rows_of(call_.k));
     const A* key_rows = rows_of(call_.k).to_matrix(key_rows_);
-    std::fill_n(key_sums_.get(), rows_ * pitch_, A(0));
-    if (call_.v) {
-      rows_of(call_.v).to_tiles(value_tiles_.get());
-      std::fill_n(value_sums_.get(), rows_ * pitch_, A(0));
-    }
+    if (call_.v) value_factor_.enter(rows_of(call_.v));
     for (int64_t first = 0; first < call_.queries; first += kP)
       panel(first, static_cast<int>(std::min<int64_t>(kP, call_.queries - first)), key_rows);
-    multiply(key_sums_.get(), keys_ * pitch_, static_cast<A>(call_.scale));
     write(key_sums_.get(), call_.dk);
     if (call_.v) write(value_sums_.get(), call_.dv);
   }
@@ -562,23 +612,43 @@ class Backward {
   void panel(int64_t first, int count, const A* key_rows) {
     const int64_t row = head_ * call_.queries + first;
     const A scale = static_cast<A>(call_.scale);
-    take(static_cast<const T*>(call_.q) + row * call_.width, count, query_panel_.get(), query_rows_.get());
-    panel_products(key_tiles_.get(), keys_, query_panel_.get(), call_.width, count, scale, weights_.get());
+    const T *q = static_cast<const T*>(call_.q) + row * call_.width, *grad = static_cast<const T*>(call_.grad) + row * call_.width;
+    to_rows(q, count, query_rows_.get());
+    key_factor_.times(q, count, scale, weights_.get());
     if (call_.v) {
-      take(static_cast<const T*>(call_.grad) + row * call_.width, count, grad_panel_.get(), grad_rows_.get());
-      panel_products(value_tiles_.get(), keys_, grad_panel_.get(), call_.width, count, A(1), grads_.get());
+      to_rows(grad, count, grad_rows_.get());
+      value_factor_.times(grad, count, A(1), grads_.get());
     }
     for (int v = 0; v * kLanes<A> < count; ++v) score_grads(row, v, count);
-    if (call_.v) add_weighted_queries(weights_.get(), keys_, grad_rows_.get(), pitch_, count, value_sums_.get());
-    add_weighted_queries(grads_.get(), keys_, query_rows_.get(), pitch_, count, key_sums_.get());
+    if (call_.v) sum_up(weights_.get(), grad_rows_.get(), first, count, A(1), value_sums_.get(), call_.dv);
+    sum_up(grads_.get(), query_rows_.get(), first, count, scale, key_sums_.get(), call_.dk);
     weighted_rows<A>(grads_.get(), keys_, nullptr, key_rows, pitch_, count, dq_.get());
     multiply(dq_.get(), count * pitch_, scale);
     for (int i = 0; i < count; ++i)
       store_row(dq_.get() + i * pitch_, call_.width, static_cast<T*>(call_.dq) + (row + i) * call_.width);
   }
 
-  void take(const T* rows, int count, A* panel, A* matrix) const {
-    pack_panel(rows, call_.width, count, panel);
+  // A panel's part of a gradient of the keys' rows. With few queries these sums are most of the work, so that
+  // the first panel sets them, the last one scales, and the only one writes them to their place.
+  void sum_up(const A* values, const A* matrix, int64_t first, int count, A scale, A* sums, void* data) {
+    const bool begins = first == 0, ends = first + count == call_.queries;
+    const auto sum = [&](auto to) {
+      weighted_queries(values, keys_, matrix, pitch_, count, [&](int64_t n, int64_t c, Vec<A> part) {
+        A* at = to(n) + c;
+        if (!begins) part += load(at);
+        store(at, ends ? part * scale : part);
+      });
+    };
+    if constexpr (std::is_same_v<A, T>)
+      if (in_place()) {
+        A* rows = static_cast<A*>(data) + head_ * call_.keys * call_.width;
+        return sum([&](int64_t n) { return n < keys_ ? rows + kept_[n] * pitch_ : sums; });  // a tile may end later
+      }
+    sum([&](int64_t n) { return sums + n * pitch_; });
+  }
+  bool in_place() const { return std::is_same_v<A, T> && call_.queries <= kP && call_.width == pitch_; }
+
+  void to_rows(const T* rows, int count, A* matrix) const {
     for (int i = 0; i < count; ++i) load_row(rows + i * call_.width, call_.width, pitch_, matrix + i * pitch_);
   }
 
@@ -642,7 +712,12 @@ class Backward {
   // The kept keys' sums to their rows, zeros to the others'.
   void write(const A* sums, void* data) const {
     T* to = static_cast<T*>(data) + head_ * call_.keys * call_.width;
-    if (chosen_) std::fill_n(to, call_.keys * call_.width, T{});
+    for (int64_t j = 0, n = 0; chosen_ && j < call_.keys; ++j)
+      if (n < keys_ && kept_[n] == j)
+        ++n;
+      else
+        std::fill_n(to + j * call_.width, call_.width, T{});
+    if (in_place()) return;
     for (int64_t n = 0; n < keys_; ++n) store_row(sums + n * pitch_, call_.width, to + kept_[n] * call_.width);
   }
 
@@ -652,7 +727,8 @@ class Backward {
   const A* bias_ = nullptr;
   const int32_t* chosen_ = nullptr;
   std::vector<int32_t> kept_;
-  Buffer<A> key_tiles_, value_tiles_, key_rows_, query_panel_, query_rows_, grad_panel_, grad_rows_;
+  Factor<A, T> key_factor_, value_factor_;
+  Buffer<A> key_rows_, query_rows_, grad_rows_;
   Buffer<A> weights_, grads_, key_sums_, value_sums_, dq_;
 };
 

@@ -110,6 +110,14 @@ inline Four<T> group(Vec<T> v) {
   return __builtin_shufflevector(v, v, 4 * g, 4 * g + 1, 4 * g + 2, 4 * g + 3);
 }
 
+// Group g in all groups.
+template <class T, int g>
+inline Vec<T> repeated(Vec<T> v) {
+  return [&]<int... l>(std::integer_sequence<int, l...>) {
+    return __builtin_shufflevector(v, v, (4 * g + l % 4)...);
+  }(std::make_integer_sequence<int, kLanes<T>>{});
+}
+
 // Signed integers of the width of a float type: what vector comparisons yield.
 template <class T>
 struct IntOf;
