@@ -193,7 +193,9 @@ def pairs(texts: Sequence[str]) -> dict[str, Any]:
 def _train(options: argparse.Namespace) -> int:
     from .train.config import ConfigError, TrainConfig, read_yaml
 
-    values = read_yaml(options.recipe) if options.recipe else {}
+    # Neither a recipe nor a model nor data: what someone types first
+    first = not (options.recipe or options.model or options.data)
+    values = read_yaml("first_run" if first else options.recipe) if first or options.recipe else {}
     for item in dataclasses.fields(TrainConfig):
         given = getattr(options, item.name)
         if given is None:
@@ -340,7 +342,7 @@ def _evaluate_one(path: Path, options: argparse.Namespace) -> tuple[Any, Sequenc
         raise ConfigError(f"{file} does not say what it was validated on; name it with --data")
     same = config is not None and data == config.data
     root = options.root or (config.root if config and same else "")
-    kept = config.data_options if config and same else {}
+    kept = {**config.data_options, **config.valid_options} if config and same else {}
     device = pick_device(options.device)
     cfg = getattr(model, "default_cfg", None) or {}
     size = options.size or about.get("size") or int(cfg.get("input_size", (3, 64, 64))[-1])

@@ -35,6 +35,9 @@ class TrainConfig:
     data_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "its options, KEY=VALUE ..."}
     )
+    valid_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "those that differ for validation, KEY=VALUE ..."}
+    )
     size: int = field(default=0, metadata={"help": "pixels a side; 0 takes the model's"})
     workers: int = field(
         default=-1, metadata={"help": "loader processes; -1 chooses, 0 loads in the main one"}

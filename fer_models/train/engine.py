@@ -151,7 +151,13 @@ class Trainer:
             train = train_transform(self.size, imagenet=imagenet, **AUGMENT[config.augment])
         return (
             create_dataset(config.data, config.root or None, "train", transform=train, **config.data_options),
-            create_dataset(config.data, config.root or None, "valid", transform=valid, **config.data_options),
+            create_dataset(
+                config.data,
+                config.root or None,
+                "valid",
+                transform=valid,
+                **{**config.data_options, **config.valid_options},
+            ),
         )
 
     def _make_criterion(self) -> Criterion:

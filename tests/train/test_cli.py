@@ -11,6 +11,7 @@ from fer_models.cli import main
 from fer_models.train.checkpoint import load_checkpoint, save_checkpoint
 
 TINY = (
+    *("--model", "face2nodes_nano", "--data", "synthetic"),
     *("--epochs", "1", "--batch-size", "16", "--workers", "0", "--size", "32"),
     *("--data-options", "length=64", "size=32", "--model-options", "dims=[32]", "depths=[1]", "stride=4"),
 )

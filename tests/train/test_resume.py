@@ -16,7 +16,8 @@ from fer_models.train.checkpoint import same_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = (
-    *("train", "--epochs", "2", "--batch-size", "16", "--save-steps", "2", "--workers", "0", "--ema", "0.9"),
+    *("train", "--model", "face2nodes_nano", "--data", "synthetic"),
+    *("--epochs", "2", "--batch-size", "16", "--save-steps", "2", "--workers", "0", "--ema", "0.9"),
     *("--data-options", "length=96", "size=32", "--size", "32", "--mixup", "0.2"),
     *("--model-options", "dims=[32]", "depths=[1]", "stride=4", "drop_path_rate=0.1", "drop_rate=0.1"),
 )
