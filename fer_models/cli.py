@@ -247,11 +247,11 @@ def spread(results: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def _run_folder(config: Any, options: argparse.Namespace) -> Path:
-    import os
+    from .train.distributed import launched
 
     if options.out:
         return Path(options.out)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched().size > 1:
         from .train.config import ConfigError
 
         raise ConfigError("several processes need --out, the run folder that they share")
@@ -267,11 +267,10 @@ def _run_folder(config: Any, options: argparse.Namespace) -> Path:
 
 
 def _one_run(config: Any, folder: Path, resume: str) -> dict[str, float]:
-    import os
-
+    from .train.distributed import launched
     from .train.engine import fit
 
-    main_process = int(os.environ.get("RANK", "0")) == 0
+    main_process = launched().rank == 0
     if main_process:
         print(config.to_yaml(), flush=True)
     best = fit(config, folder, resume)
@@ -328,11 +327,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _evaluate_one(path: Path, options: argparse.Namespace) -> tuple[Any, Sequence[str]]:
     from .data import create_dataset, eval_transform
-    from .data.transforms import PLAIN_MEAN
     from .train.checkpoint import load_checkpoint
     from .train.config import ConfigError, TrainConfig
     from .train.distributed import World, pick_device
-    from .train.evaluate import evaluate
+    from .train.evaluate import evaluate, input_side, wants_imagenet
 
     file, run = (path / "best.safetensors", path) if path.is_dir() else (path, path.parent)
     model, about = load_checkpoint(file)
@@ -344,9 +342,8 @@ def _evaluate_one(path: Path, options: argparse.Namespace) -> tuple[Any, Sequenc
     root = options.root or (config.root if config and same else "")
     kept = {**config.data_options, **config.valid_options} if config and same else {}
     device = pick_device(options.device)
-    cfg = getattr(model, "default_cfg", None) or {}
-    size = options.size or about.get("size") or int(cfg.get("input_size", (3, 64, 64))[-1])
-    transform = eval_transform(size, imagenet=tuple(cfg.get("mean", PLAIN_MEAN)) != PLAIN_MEAN)
+    size = options.size or about.get("size") or input_side(model)
+    transform = eval_transform(size, imagenet=wants_imagenet(model))
     dataset = create_dataset(
         data, root or None, options.split, transform=transform, **{**kept, **pairs(options.data_options)}
     )

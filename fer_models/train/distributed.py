@@ -21,11 +21,26 @@ class World(NamedTuple):
         return self.rank == 0
 
 
+class Launch(NamedTuple):
+    """What torchrun says of this process; one process alone has rank 0 of 1."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def launched() -> Launch:
+    return Launch(
+        int(os.environ.get("RANK", "0")),
+        int(os.environ.get("WORLD_SIZE", "1")),
+        int(os.environ.get("LOCAL_RANK", "0")),
+    )
+
+
 @contextlib.contextmanager
 def joined(device: str = "auto") -> Iterator[World]:
     """This process's place. Under torchrun it joins the group (nccl on GPUs, else gloo) and leaves it."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    rank, size, local = launched()
     place = pick_device(device, local)
     if size == 1 or dist.is_initialized():
         yield World(rank if size > 1 else 0, size, place)

@@ -26,15 +26,14 @@ from tqdm import tqdm
 
 from ..data import create_dataset, eval_transform, train_transform
 from ..data.sampling import class_weights
-from ..data.transforms import PLAIN_MEAN
-from ..losses import Criterion, CrossEntropy, Targets, Term
+from ..losses import Criterion, CrossEntropy, Targets, Term, label_distribution
 from ..metrics import Predictions
 from ..registry import create_model
 from . import pictures
 from .checkpoint import CheckpointError, create_any, load_checkpoint, load_state, save_checkpoint, save_state
 from .config import ConfigError, TrainConfig
 from .distributed import World, gathered, joined, wait
-from .evaluate import evaluate, unwrapped, whole_output
+from .evaluate import evaluate, input_side, unwrapped, wants_imagenet, whole_output
 from .loading import Steps, mix, mixed_seed, training_loader, workers_for
 
 # Host and device, and the processes, meet this often: reading a loss waits for the device
@@ -138,13 +137,11 @@ class Trainer:
     @property
     def size(self) -> int:
         """Pixels a side."""
-        cfg = getattr(self.model, "default_cfg", None) or {}
-        return self.config.size or int(cfg.get("input_size", (3, 64, 64))[-1])
+        return self.config.size or input_side(self.model)
 
     def _make_data(self) -> tuple[Any, Any]:
         config = self.config
-        cfg = getattr(self.model, "default_cfg", None) or {}
-        imagenet = tuple(cfg.get("mean", PLAIN_MEAN)) != PLAIN_MEAN
+        imagenet = wants_imagenet(self.model)
         valid = eval_transform(self.size, imagenet=imagenet)
         train = valid
         if config.augment != "none":
@@ -266,7 +263,7 @@ class Trainer:
         use_distribution = config.distribution
         if config.mixup or config.cutmix:
             if not use_distribution:
-                distribution = _one_hot(label, distribution.shape[1])
+                distribution = label_distribution(label, distribution.shape[1])
             images, distribution, affect = mix(images, distribution, affect, config.mixup, config.cutmix)
             use_distribution = True
         if config.channels_last:
@@ -485,11 +482,6 @@ def learning_rate(config: TrainConfig, step: int, steps_an_epoch: int) -> float:
     total = config.epochs * steps_an_epoch
     share = (step - warmup) / max(total - warmup, 1)
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
-
-
-def _one_hot(label: Tensor, classes: int) -> Tensor:
-    """(B, C); a row of zeros where there is no label."""
-    return (label.unsqueeze(1) == torch.arange(classes, device=label.device)).float()
 
 
 def _classes_of(data: str) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..data.transforms import PLAIN_MEAN
 from ..metrics import Predictions
 from ..output import FEROutput
 from .distributed import World, gathered
@@ -21,6 +22,16 @@ def whole_output(model: nn.Module, images: torch.Tensor) -> FEROutput:
         return model(images, full=True)
     logits = model(images)
     return FEROutput(logits, None, logits, {})
+
+
+def input_side(model: nn.Module) -> int:
+    """Pixels a side of the images that the model is made for."""
+    return int((getattr(model, "default_cfg", None) or {}).get("input_size", (3, 64, 64))[-1])
+
+
+def wants_imagenet(model: nn.Module) -> bool:
+    """Whether images are normalised as for ImageNet, and not to [-1, 1]."""
+    return tuple((getattr(model, "default_cfg", None) or {}).get("mean", PLAIN_MEAN)) != PLAIN_MEAN
 
 
 def unwrapped(model: nn.Module) -> Any:

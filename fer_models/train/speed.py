@@ -11,6 +11,7 @@ from torch import nn
 from ..losses import Criterion, Targets
 from ..registry import create_model
 from .distributed import pick_device
+from .evaluate import input_side
 
 
 def measure(
@@ -29,7 +30,7 @@ def measure(
     for backend in ("auto", "reference"):
         torch.manual_seed(0)
         models[backend] = create_model(name, backend=backend, **options).to(place)
-    side = size or models["auto"].default_cfg["input_size"][-1]
+    side = size or input_side(models["auto"])
     images = torch.randn(batch_size, 3, side, side, device=place)
     label = torch.arange(batch_size, device=place) % models["auto"].num_classes
 

@@ -12,8 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fer_models.train.checkpoint import same_weights
-
 ROOT = Path(__file__).resolve().parents[2]
 RUN = (
     *("train", "--model", "face2nodes_nano", "--data", "synthetic"),
@@ -42,6 +40,10 @@ def unbroken(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     run(folder)
     return folder
+
+
+def same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def assert_same(one: Path, other: Path) -> None:
