@@ -1,4 +1,4 @@
-"""The command `fer`: train, evaluate, measure speed, look at data."""
+"""The command `fer`: train, evaluate, predict, explain, measure speed, look at data."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 DESCRIPTION = """\
-Facial expression recognition: train, evaluate, measure, look at data.
+Facial expression recognition: train, evaluate, predict, explain, measure, look at data.
 
   fer train                                   built-in faces, face2nodes_nano, a few minutes on two cores
   fer train ferplus_face2nodes_xs --root DATA a recipe on a data set of yours
   fer eval runs/face2nodes_nano-synthetic-1   a run's best checkpoint on its validation data
+  fer predict photo.jpg                       the expression, by the weights that come with the package
+  fer explain photo.jpg                       a picture of what the model looked at
   fer data check DATA                         what a folder or zip file holds, and what is wrong with it
 """
 
@@ -39,6 +41,24 @@ examples:
   fer eval runs/first                                 its best checkpoint, on the data it was validated on
   fer eval best.safetensors --data ferplus --root DATA --data-options protocol=majority --flip
   fer eval runs/first runs/second                     both, and whether they differ
+"""
+
+PREDICT_EXAMPLES = """\
+examples:
+  fer predict photo.jpg
+  fer predict FOLDER --csv out.csv                    a row a face; an unreadable image has its reason
+  fer predict film.mp4 --every 5 --detector opencv --faces all --csv out.csv
+  fer predict FOLDER --model runs/first
+
+Without --detector an image is taken as a face crop. --detector opencv and videos need OpenCV:
+pip install "fer-kernels[faces]"
+"""
+
+EXPLAIN_EXAMPLES = """\
+examples:
+  fer explain photo.jpg
+  fer explain photo.jpg --out why.png --node 2 3 --layers 0 3 5
+  fer explain photo.jpg --model runs/first
 """
 
 USER_MISTAKE, STOPPED, INTERRUPTED = 2, 1, 130
@@ -103,6 +123,33 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="PATH", help="metrics and confusion matrix")
     evaluate.add_argument("--picture", metavar="PATH", help="the confusion matrix as a PNG")
     evaluate.set_defaults(run=_evaluate)
+
+    models = "shipped model, checkpoint or run folder (default: face2nodes_xs)"
+    predict = commands.add_parser(
+        "predict", help="expressions in images or videos", epilog=PREDICT_EXAMPLES, formatter_class=raw
+    )
+    predict.add_argument("path", nargs="+", help="image, folder or video")
+    predict.add_argument("--model", default="face2nodes_xs", help=models)
+    predict.add_argument("--csv", metavar="PATH", help="write all columns there")
+    predict.add_argument("--detector", choices=("opencv",), help="look for faces first")
+    predict.add_argument("--faces", choices=("largest", "all"), default="largest", help="default: largest")
+    predict.add_argument("--every", type=int, default=1, help="of a video, each frame of this number")
+    predict.add_argument("--flip", action="store_true", help="mean over each face and its mirror image")
+    predict.add_argument("--device", default="auto")
+    predict.add_argument("--batch-size", type=int, default=64)
+    predict.set_defaults(run=_predict)
+
+    explain = commands.add_parser(
+        "explain", help="a picture of what the model looked at", epilog=EXPLAIN_EXAMPLES, formatter_class=raw
+    )
+    explain.add_argument("image")
+    explain.add_argument("--model", default="face2nodes_xs", help=models)
+    explain.add_argument("--out", default="explain.png", help="default: explain.png")
+    explain.add_argument("--node", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="graph node to show")
+    explain.add_argument("--layers", type=int, nargs="+", metavar="BLOCK", help="blocks to show, from 0")
+    explain.add_argument("--detector", choices=("opencv",), help="look for the largest face first")
+    explain.add_argument("--device", default="auto")
+    explain.set_defaults(run=_explain)
 
     bench = commands.add_parser(
         "bench",
@@ -280,9 +327,11 @@ def _one_run(config: Any, folder: Path, resume: str) -> dict[str, float]:
             ("best.safetensors", "checkpoint"),
             ("curves.png", "curves"),
             ("confusion.png", "confusion matrix"),
+            ("explain.png", "a face explained"),
             ("metrics.json", "metrics"),
         ):
-            print(f"  {what:17} {folder / name}")
+            if (folder / name).is_file():
+                print(f"  {what:17} {folder / name}")
     return {name: value for name, value in best.items() if isinstance(value, (int, float))}
 
 
@@ -361,6 +410,74 @@ def _evaluate_one(path: Path, options: argparse.Namespace) -> tuple[Any, Sequenc
         flip=options.flip,
     )
     return predictions, dataset.classes
+
+
+# fer predict, fer explain
+
+
+def _predict(options: argparse.Namespace) -> int:
+    import csv
+
+    from .predict import Predictor
+
+    predictor = Predictor(
+        options.model,
+        options.device,
+        detector=options.detector,
+        faces=options.faces,
+        flip=options.flip,
+        batch_size=options.batch_size,
+    )
+    rows = []
+    for path in options.path:
+        found = predictor.rows(path, every=options.every, progress=sys.stderr.isatty())
+        if len(options.path) > 1:
+            found = [{"path": path, **row} for row in found]
+        rows += found
+    wrong = sum(bool(row["error"]) for row in rows)
+    if options.csv:
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        with open(options.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"{len(rows)} rows in {options.csv}" + (f", {wrong} with an error" if wrong else ""))
+    else:
+        for row in rows:
+            name = row["image"] + (f" frame {row['frame']}" if "frame" in row else "")
+            if row["error"]:
+                print(f"{name}: {row['error']}")
+                continue
+            shares = sorted(((row[label], label) for label in predictor.classes), reverse=True)
+            likely = ", ".join(f"{label} {share:.0%}" for share, label in shares[:3])
+            affect = ""
+            if row["valence"] is not None:
+                affect = f"; valence {row['valence']:+.2f}, arousal {row['arousal']:+.2f}"
+            print(f"{name}: {likely}{affect} ({row['note']})")
+    return USER_MISTAKE if wrong == len(rows) else 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from .data.base import crop
+    from .explain import explain
+    from .predict import Predictor, to_pixels
+
+    predictor = Predictor(options.model, options.device, detector=options.detector)
+    image = to_pixels(options.image)
+    (result,) = predictor(image)
+    explain(
+        predictor.model,
+        crop(image, result.box),
+        options.out,
+        classes=predictor.classes,
+        size=predictor.size,
+        node=tuple(options.node) if options.node else None,
+        layers=options.layers,
+    )
+    print(
+        f"{result.label} {result.probabilities[result.label]:.0%} ({result.note}); picture in {options.out}"
+    )
+    return 0
 
 
 # fer bench, fer data, fer info

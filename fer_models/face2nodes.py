@@ -9,7 +9,8 @@ what the abstract states                               what is interpreted here,
 An image becomes a graph; no landmarks.                Patches are nodes, as in ViG: `stride`, `img_size`.
 Patch embedding by multi-scale feature fusion, for     The stem's maps of three scales, brought to one
 "more discriminative graph node features".             grid: `fusion` = "concat" (default), "sum",
-                                                       "gated", "kernels", or "none" (ViG's stem).
+                                                       "gated", "kernels", or "none" (one scale);
+                                                       `stem_blocks` deepens each scale.
 A dynamic graph by dilated k-nearest neighbours.       ViG's schedules: `k`, `dilation`, `stochastic`.
 A relation-aware graph convolution that learns         One relation vector an edge scores the edge, and
 "latent informative correlations among different       weighs ViG's max-relative aggregation:
@@ -31,6 +32,7 @@ Keys of `FEROutput.aux`: as in `vig`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from timm.models import register_model
@@ -46,6 +48,8 @@ class Face2Nodes(vig.ViG):
 
     Args:
         fusion: of the patch embedding; see `layers.stem.MultiScaleStem`.
+        stem_blocks: residual blocks at each of the stem's scales, whose widths double to the nodes'; empty
+            is ViG's stem. Small data wants them: a graph learns slowly what edges and corners are.
         conv: "rmr", "rsum", "rgate", "rboth", "mr", "edge", "sage" or "gin".
         conv_options: of that convolution; see `fer_kernels.nn.RelationConv`.
 
@@ -63,9 +67,18 @@ class Face2Nodes(vig.ViG):
         num_classes: int = 8,
         conv: str = "rmr",
         fusion: str = "concat",
+        stem_blocks: Sequence[int] = (),
         **options: Any,
     ) -> None:
-        super().__init__(dims, depths, num_classes=num_classes, conv=conv, fusion=fusion, **options)
+        super().__init__(
+            dims,
+            depths,
+            num_classes=num_classes,
+            conv=conv,
+            fusion=fusion,
+            stem_blocks=stem_blocks,
+            **options,
+        )
 
 
 def checkpoint_filter_fn(state: StateDict, model: nn.Module) -> StateDict:
@@ -90,7 +103,7 @@ def _is_relation(name: str) -> bool:
 default_cfgs = registry.default_cfgs(
     {
         "face2nodes_nano": cfg(input_size=(3, 64, 64), first_conv="stem.convs.0"),
-        "face2nodes_xs": cfg(input_size=(3, 112, 112), first_conv="stem.convs.0"),
+        "face2nodes_xs": cfg(input_size=(3, 48, 48), first_conv="stem.convs.0"),
         "face2nodes_ti": cfg(first_conv="stem.convs.0"),
         "face2nodes_s": cfg(first_conv="stem.convs.0"),
         "face2nodes_b": cfg(first_conv="stem.convs.0"),
@@ -113,15 +126,15 @@ def _face2nodes(name: str, pretrained: bool, defaults: dict[str, Any], kwargs: d
 @register_model
 def face2nodes_nano(pretrained: bool = False, **kwargs: Any) -> Face2Nodes:
     """64 channels, 4 blocks, k = 5, 8 x 8 nodes at 64 pixels; for tests and for quick experiments."""
-    defaults = {"dims": (64,), "depths": (4,), "img_size": 64, "stride": 8, "k": 5, "num_features": 256}
-    return _face2nodes("face2nodes_nano", pretrained, defaults, kwargs)
+    defaults = {"dims": (64,), "depths": (4,), "img_size": 64, "k": 5, "num_features": 256}
+    return _face2nodes("face2nodes_nano", pretrained, {**defaults, "stem_blocks": (1, 1, 1)}, kwargs)
 
 
 @register_model
 def face2nodes_xs(pretrained: bool = False, **kwargs: Any) -> Face2Nodes:
-    """144 channels, 12 blocks, for faces of 48 to 112 pixels: 14 x 14 nodes at 112."""
-    defaults = {"dims": (144,), "depths": (12,), "img_size": 112, "stride": 8, "num_features": 512}
-    return _face2nodes("face2nodes_xs", pretrained, {**defaults, "drop_path_rate": 0.05}, kwargs)
+    """128 channels, 6 blocks after a residual stem; 6 x 6 nodes at 48 pixels, 14 x 14 at 112."""
+    defaults = {"dims": (128,), "depths": (6,), "img_size": 48, "num_features": 512, "drop_path_rate": 0.1}
+    return _face2nodes("face2nodes_xs", pretrained, {**defaults, "stem_blocks": (2, 3, 3)}, kwargs)
 
 
 @register_model

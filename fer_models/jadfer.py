@@ -52,6 +52,7 @@ from fer_kernels.nn import JADAttention, JADBlock, drop_schedule
 
 from .base import FERModel, check_choice, pair, resize_position
 from .layers.backbone import channels_first, create_levels, set_checkpointing
+from .layers.stem import Residual
 from .losses import CCC, VARIETIES, CrossEntropy, Term, Variety
 from .registry import build, cfg, default_cfgs
 
@@ -59,21 +60,6 @@ JAD_MODES = ("key", "soft", "entry", "none", "attn_dropout", "dropkey", "random"
 SB_TOKENS = ("path", "grid")
 READOUTS = ("concat", "mean")
 GRID = 14  # the places a side that a backbone's level is chosen for
-
-
-class Residual(nn.Module):
-    """ReLU(x + two 3 x 3 convolutions with batch norms)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        branch = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(x + self.norm2(self.conv2(branch)))
 
 
 class ResidualStem(nn.Sequential):

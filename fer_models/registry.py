@@ -88,6 +88,7 @@ def create_model(name: str, pretrained: bool | str | os.PathLike = False, **kwar
             "ferplus"; or the path of a .safetensors, .pt or .pth file with a state dict (the latter two are
             read with weights_only=True). What does not fit is an error. The head alone may be another one
             than the file's, where one of num_classes, head, head_options and valence_arousal is given.
+            Of a checkpoint of `fer train` the options it was made with are the defaults.
     """
     if name not in (known := list_models()):
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -104,8 +105,15 @@ def create_model(name: str, pretrained: bool | str | os.PathLike = False, **kwar
             f"create_model: features_only=True takes no pretrained weights here; "
             f"use timm.create_model({name!r}, pretrained=True, features_only=True) with shipped weights"
         )
+    other_head = any(option in kwargs for option in HEAD_OPTIONS)
+    if path.suffix == ".safetensors" and path.is_file():  # one of `fer train` says what it was made with
+        from .train.checkpoint import read_about
+
+        about = read_about(path)
+        if about.get("model") == name:
+            kwargs = {**about.get("options", {}), **kwargs}
     model = timm.create_model(name, **kwargs)
-    load_weights(model, path, other_head=any(option in kwargs for option in HEAD_OPTIONS))
+    load_weights(model, path, other_head=other_head)
     return model
 
 

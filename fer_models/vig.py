@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,6 +94,7 @@ class ViG(FERModel):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         fusion: str = "none",
+        stem_blocks: Sequence[int] = (),
         **options: Any,
     ) -> None:
         here = type(self).__name__
@@ -107,7 +109,7 @@ class ViG(FERModel):
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"{here}: drop_path_rate must lie in [0, 1), got {drop_path_rate}")
         pyramid = len(dims) > 1
-        widths, strides, taps = _stem_layers(here, dims[0], pyramid, stride)
+        widths, strides, taps = _stem_layers(here, dims[0], pyramid, stride, stem_blocks)
         total = _product(strides)
         # The same seed gives the same weights whatever the convolution and the fusion: what the layers draw
         # while they are made is undone, and `reset_parameters` draws what all networks share first.
@@ -129,7 +131,7 @@ class ViG(FERModel):
             self._adapted = False
             self.dims, self.depths, self.conv = dims, depths, conv
             self.reductions: tuple[int, ...] = REDUCTIONS if pyramid else (1,)
-            self.stem: ConvStem = MultiScaleStem(in_chans, widths, strides, taps, fusion)
+            self.stem: ConvStem = MultiScaleStem(in_chans, widths, strides, taps, fusion, tuple(stem_blocks))
             grid = (self.img_size[0] // total, self.img_size[1] // total)
             self.pos_embed = nn.Parameter(torch.zeros(1, dims[0], *grid))
 
@@ -302,16 +304,28 @@ def _reset(module: nn.Module) -> None:
 
 
 def _stem_layers(
-    here: str, dim: int, pyramid: bool, stride: int | None
+    here: str, dim: int, pyramid: bool, stride: int | None, blocks: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Widths and strides of the stem's convolutions, and those whose maps a multi-scale stem taps."""
     known = (4, 2) if pyramid else (16, 8, 4)
-    check_choice(here, "stride", known[0] if stride is None else stride, known)
-    halvings = (stride or known[0]).bit_length() - 1
+    default = known[0]
     widths: tuple[int, ...] = (dim // 2, dim, dim)
-    taps = (0, 1)
+    taps: tuple[int, ...] = (0, 1)
     if not pyramid:
         widths, taps = (dim // 8, dim // 4, dim // 2, dim, dim), (1, 2)
+    if blocks:
+        count = len(blocks)
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in blocks):
+            raise ValueError(f"{here}: stem_blocks must be counts of at least 0, got {blocks!r}")
+        default = min(default, 2**count)
+        if dim % 2 ** (count - 1):
+            raise ValueError(f"{here}: stem_blocks of {count} scales cannot double up to {dim} channels")
+        if stride is not None and stride > 2**count:
+            raise ValueError(f"{here}: stem_blocks of {count} scales halve {count} times, got {stride=}")
+        widths = tuple(dim >> (count - 1 - layer) for layer in range(count))
+        taps = tuple(range(max(count - 3, 0), count - 1))
+    check_choice(here, "stride", default if stride is None else stride, known)
+    halvings = (stride or default).bit_length() - 1
     # The finest maps are halved first: a smaller stride costs most where maps are already small.
     return widths, tuple(2 if layer < halvings else 1 for layer in range(len(widths))), taps
 

@@ -31,6 +31,11 @@ def nearest(word: str, words: "tuple[str, ...] | list[str]") -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
+def class_names(count: int) -> tuple[str, ...]:
+    """Of a classifier that knows no names of its own."""
+    return EMOTIONS[:count] if count in (7, 8) else tuple(f"class {index}" for index in range(count))
+
+
 def emotion_index(name: str) -> int:
     """Canonical index of an emotion by any of its usual names, in any case: ``Happiness`` is 1."""
     key = name.strip().lower()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fer_kernels.nn import Projection
@@ -28,25 +29,53 @@ def map_of(nodes: Tensor, grid: tuple[int, int]) -> Tensor:
     return nodes.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
+class Residual(nn.Module):
+    """ReLU(x + two 3 x 3 convolutions with batch norms)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(x + self.norm2(self.conv2(branch)))
+
+
 class ConvStem(nn.Module):
-    """3 x 3 convolutions, each with a batch norm, and an activation after all but the last.
+    """3 x 3 convolutions, each with a batch norm and an activation, which the last has only before blocks.
 
     Args:
         in_chans: channels of the image.
         widths: of each convolution's output.
         strides: of each convolution.
         taps: convolutions whose activated outputs `maps` returns besides the last one's.
+        blocks: residual blocks after each activated convolution; empty for none.
     """
 
     def __init__(
-        self, in_chans: int, widths: tuple[int, ...], strides: tuple[int, ...], taps: tuple[int, ...] = ()
+        self,
+        in_chans: int,
+        widths: tuple[int, ...],
+        strides: tuple[int, ...],
+        taps: tuple[int, ...] = (),
+        blocks: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for fan_in, width, stride in zip((in_chans, *widths[:-1]), widths, strides, strict=True):
+        self.ends: list[int] = []  # layers whose outputs are maps
+        for fan_in, width, stride, count in zip(
+            (in_chans, *widths[:-1]), widths, strides, blocks or (0,) * len(widths), strict=True
+        ):
             convolution = nn.Conv2d(fan_in, width, 3, stride=stride, padding=1)
             layers += [convolution, nn.BatchNorm2d(width), nn.GELU()]
-        self.convs = nn.Sequential(*layers[:-1])
+            layers += [Residual(width) for _ in range(count)]
+            self.ends.append(len(layers) - 1)
+        if isinstance(layers[-1], nn.GELU):
+            layers.pop()
+        self.convs = nn.Sequential(*layers)
         self.taps = taps
         reached = list(itertools.accumulate(strides, lambda total, stride: total * stride))
         self.stride = reached[-1]
@@ -57,9 +86,10 @@ class ConvStem(nn.Module):
         """x (B, in_chans, H, W) to the tapped maps, finest first, and the last one (B, C, h, w)."""
         x = x.contiguous(memory_format=torch.channels_last)
         found = []
+        tapped = [self.ends[tap] for tap in self.taps]
         for position, layer in enumerate(self.convs):
             x = layer(x)
-            if position % 3 == 2 and position // 3 in self.taps:
+            if position in tapped:
                 found.append(x)
         return [*found, x]
 
@@ -84,7 +114,7 @@ class MultiScaleStem(ConvStem):
     ViG's weights work from the first step.
 
     Args:
-        in_chans, widths, strides, taps: as in `ConvStem`.
+        in_chans, widths, strides, taps, blocks: as in `ConvStem`.
         fusion: as above.
     """
 
@@ -95,9 +125,11 @@ class MultiScaleStem(ConvStem):
         strides: tuple[int, ...],
         taps: tuple[int, ...],
         fusion: str = "concat",
+        blocks: tuple[int, ...] = (),
     ) -> None:
         check_choice("MultiScaleStem", "fusion", fusion, FUSIONS)
-        super().__init__(in_chans, widths, strides, taps if fusion in ("concat", "sum", "gated") else ())
+        taps = taps if fusion in ("concat", "sum", "gated") else ()
+        super().__init__(in_chans, widths, strides, taps, blocks)
         self.fusion, dim = fusion, widths[-1]
         if fusion == "none":
             return

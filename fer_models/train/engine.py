@@ -440,6 +440,17 @@ class Trainer:
             pictures.curves(self.history, self.folder / "curves.png")
             pictures.confusion(predictions.confusion, self.valid_data.classes, self.folder / "confusion.png")
             (self.folder / "metrics.json").write_text(json.dumps(predictions.metrics(), indent=2) + "\n")
+            self._explanation(model)
+
+    def _explanation(self, model: nn.Module) -> None:
+        """Of the first face that the network was validated on."""
+        from ..explain import explain, explainable
+
+        data = self.valid_data
+        readable = (record for record in data.records if record.image not in data.unreadable)
+        if explainable(model) and model.num_classes == len(data.classes):
+            image = data.load(next(readable))
+            explain(model, image, self.folder / "explain.png", classes=data.classes, size=self.size)
 
     # Stopping
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..base import pair
 from ..data.transforms import PLAIN_MEAN
 from ..metrics import Predictions
 from ..output import FEROutput
@@ -25,8 +26,14 @@ def whole_output(model: nn.Module, images: torch.Tensor) -> FEROutput:
 
 
 def input_side(model: nn.Module) -> int:
-    """Pixels a side of the images that the model is made for."""
-    return int((getattr(model, "default_cfg", None) or {}).get("input_size", (3, 64, 64))[-1])
+    """Pixels a side of the square images that the model is made for."""
+    made_for = getattr(model, "img_size", None)
+    if made_for is None:
+        return int((getattr(model, "default_cfg", None) or {}).get("input_size", (3, 64, 64))[-1])
+    height, width = pair(made_for)
+    if height != width:
+        raise ValueError(f"the model is made for {height} x {width} pixels, and faces are squares; give size")
+    return height
 
 
 def wants_imagenet(model: nn.Module) -> bool:

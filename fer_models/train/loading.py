@@ -33,9 +33,14 @@ class Seeded(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mixed_seed(self.seed, epoch, index))
+        # Not torch.manual_seed, which keeps a stack trace for every device that is not in use yet
+        generator = torch.default_generator
+        state = generator.get_state()
+        generator.manual_seed(mixed_seed(self.seed, epoch, index))
+        try:
             return self.dataset[index]
+        finally:
+            generator.set_state(state)
 
 
 class Steps:

@@ -76,8 +76,9 @@ def test_relation_and_fusion_learn(x):
 
 
 @pytest.mark.parametrize("stride, size, nodes", [(8, 112, 196), (8, 48, 36), (4, 48, 144), (16, 224, 196)])
-def test_stride_keeps_nodes(stride, size, nodes):
-    model = nano(stride=stride, img_size=size)
+@pytest.mark.parametrize("stem_blocks", [(), (0, 1, 0, 1)])
+def test_stride_keeps_nodes(stride, size, nodes, stem_blocks):
+    model = nano(stride=stride, img_size=size, stem_blocks=stem_blocks)
     with torch.no_grad():
         features = model.forward_features(torch.randn(1, 3, size, size))
     assert features.shape[1] * features.shape[2] == nodes
@@ -106,6 +107,10 @@ def test_xs_is_small():
         ({"fusion": "product"}, "unknown fusion 'product': expected one of 'concat'"),
         ({"conv": "gat"}, "unknown conv 'gat': expected one of 'rmr'"),
         ({"conv_options": {"heads": 7}}, "must be divisible by heads"),
+        ({"stem_blocks": (1, 1), "stride": 8}, "of 2 scales halve 2 times, got stride=8"),
+        ({"stem_blocks": (1, -1, 1)}, "must be counts of at least 0"),
+        ({"stem_blocks": (0,) * 8}, "cannot double up to 64 channels"),
+        ({"stem_blocks": (1,)}, "unknown stride 2: expected one of 16, 8, 4"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -1,0 +1,409 @@
+"""From pictures to expressions: images, folders and videos through a trained model.
+
+    from fer_models import Predictor
+    predictor = Predictor()                       # the shipped face2nodes_xs, no network needed
+    print(predictor("face.jpg")[0].label)
+
+Colours are RGB. OpenCV's arrays are BGR: passed as they are they raise no error, for nothing in them tells;
+the symptom is that skin looks blue in `fer explain`'s picture and probabilities are off by some percent. Turn
+them around first: `image[..., ::-1]`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .data.base import crop
+from .data.image import ImageError, decode_image
+from .data.labels import class_names, nearest
+from .data.source import DataError
+from .data.transforms import eval_transform
+from .registry import list_models, shipped_weights
+from .train.checkpoint import load_checkpoint
+from .train.distributed import pick_device
+from .train.evaluate import input_side, wants_imagenet, whole_output
+
+DEFAULT = "face2nodes_xs"
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+DETECTORS = ("opencv",)
+FACES = ("largest", "all")
+_WHOLE, _NO_FACE = "taken as a face crop", "no face found; the whole image was taken"
+_INSTALL = 'needs OpenCV: pip install "fer-kernels[faces]"'
+
+
+@dataclass(frozen=True)
+class FERResult:
+    """What the model sees in one face.
+
+    Attributes:
+        label: the likeliest expression.
+        probabilities: of every class, by its name.
+        valence, arousal: in [-1, 1], or None where the model has no such output.
+        embedding: what the classifier reads, float32 (num_features,).
+        box: (left, top, width, height) in pixels where a detector found the face, else None.
+        image: the position of its image in what was asked.
+        note: how the face was come by.
+    """
+
+    label: str
+    probabilities: dict[str, float]
+    valence: float | None
+    arousal: float | None
+    embedding: NDArray[np.float32]
+    box: tuple[int, int, int, int] | None
+    image: int
+    note: str
+
+
+class Predictor:
+    """
+    Args:
+        model: a model; a checkpoint or run folder of `fer train`; or the name of a model that is shipped with
+            weights, with or without their tag: "face2nodes_xs", "face2nodes_xs.ferplus".
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        detector: None takes every image as a face crop; "opencv" looks for faces first (frontal ones, with
+            the cascade that comes with OpenCV: `pip install "fer-kernels[faces]"`).
+        faces: with a detector, "largest" or "all" of an image's faces.
+        classes: the names of the model's classes; None takes the checkpoint's, or else the usual order.
+        size: pixels a side of what the model sees; None takes the checkpoint's or the model's.
+        flip: the mean over an image and its mirror image.
+        batch_size: images that go through the model at once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | os.PathLike = DEFAULT,
+        device: str = "auto",
+        *,
+        detector: str | None = None,
+        faces: str = "largest",
+        classes: Sequence[str] | None = None,
+        size: int | None = None,
+        flip: bool = False,
+        batch_size: int = 64,
+    ) -> None:
+        for name, value, known in (("detector", detector, (None, *DETECTORS)), ("faces", faces, FACES)):
+            if value not in known:
+                raise ValueError(
+                    f"Predictor: unknown {name} {value!r}: expected one of {', '.join(map(repr, known))}"
+                )
+        if batch_size < 1:
+            raise ValueError(f"Predictor: batch_size must be at least 1, got {batch_size}")
+        about: dict[str, Any] = {}
+        if not isinstance(model, nn.Module):
+            model, about = load_checkpoint(weights_file(model))
+        self.device = pick_device(device)
+        self.model = model.to(self.device).eval()
+        self.size = int(size or about.get("size") or input_side(model))
+        self.transform = eval_transform(self.size, imagenet=wants_imagenet(model))
+        self.detect = None if detector is None else _opencv_detector()
+        self.faces, self.flip, self.batch_size = faces, flip, batch_size
+        with torch.inference_mode():
+            count = self._run([torch.zeros(3, self.size, self.size, dtype=torch.uint8)])[0].shape[1]
+        self.classes = tuple(classes or about.get("classes") or class_names(count))
+        if len(self.classes) != count:
+            raise ValueError(f"Predictor: the model has {count} classes, got {len(self.classes)} names")
+
+    def __call__(self, images: Any) -> list[FERResult]:
+        """
+        Args:
+            images: a path, a PIL image, an array (H, W, 3) or (H, W), a tensor (3, H, W), a list of any of
+                these, or an array (B, H, W, 3) or tensor (B, 3, H, W). RGB; uint8, or floats in [0, 1] or in
+                [0, 255].
+
+        Returns:
+            A result a face, in the order of the images; with `faces="all"` an image may have several.
+            An image that cannot be used is an error that says which.
+        """
+        pixels = []
+        for position, image in enumerate(_listed(images)):
+            try:
+                pixels.append(to_pixels(image))
+            except (DataError, ValueError, TypeError) as error:
+                raise type(error)(f"Predictor: image {position}: {error}") from None
+        return list(self._results(enumerate(pixels)))
+
+    def rows(self, path: str | os.PathLike, *, every: int = 1, progress: bool = True) -> list[dict[str, Any]]:
+        """A row a face of an image, of a folder's images (and its folders'), or of a video's frames.
+
+        An image that cannot be used has a row of its own, with the reason under "error".
+
+        Args:
+            every: of a video, take each frame of this number.
+            progress: show a bar.
+        """
+        if every < 1:
+            raise ValueError(f"Predictor: every must be at least 1, got {every}")
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"Predictor: {path} does not exist")
+        total, images = _video(path, every) if path.suffix.lower() in VIDEOS else _folder(path)
+        names: list[dict[str, Any]] = []
+        failed: dict[int, str] = {}
+
+        def usable() -> Iterator[tuple[int, Tensor]]:
+            for name, image in tqdm(images, total=total, desc=path.name, unit="image", disable=not progress):
+                names.append(name)
+                if isinstance(image, Tensor):
+                    yield len(names) - 1, image
+                else:
+                    failed[len(names) - 1] = str(image)
+
+        found: dict[int, list[FERResult]] = {}
+        for result in self._results(usable()):
+            found.setdefault(result.image, []).append(result)
+        rows = []
+        for position, name in enumerate(names):
+            if position in failed:
+                rows.append({**name, **self._columns(None), "error": failed[position]})
+            rows += [{**name, **self._columns(result), "error": ""} for result in found.get(position, [])]
+        return rows
+
+    def table(self, path: str | os.PathLike, *, every: int = 1, progress: bool = True) -> Any:
+        """`rows` as a pandas table."""
+        import pandas
+
+        return pandas.DataFrame(self.rows(path, every=every, progress=progress))
+
+    def _columns(self, result: FERResult | None) -> dict[str, Any]:
+        box: Sequence[int | None] = (None,) * 4
+        if result is not None and result.box is not None:
+            box = result.box
+        return {
+            "label": result.label if result else "",
+            **{name: result.probabilities[name] if result else None for name in self.classes},
+            "valence": result.valence if result else None,
+            "arousal": result.arousal if result else None,
+            **dict(zip(("left", "top", "width", "height"), box, strict=True)),
+            "note": result.note if result else "",
+        }
+
+    def _results(self, images: Iterable[tuple[int, Tensor]]) -> Iterator[FERResult]:
+        """Faces are gathered to batches over images, so that a face a frame is no batch of one."""
+        waiting: list[tuple[Tensor, FERResult]] = []
+        for position, image in images:
+            for box, note in self._boxes(image):
+                blank = FERResult("", {}, None, None, np.empty(0, np.float32), box, position, note)
+                waiting.append((crop(image, box), blank))
+                if len(waiting) == self.batch_size:
+                    yield from self._batch(waiting)
+                    waiting = []
+        if waiting:
+            yield from self._batch(waiting)
+
+    def _boxes(self, image: Tensor) -> list[tuple[tuple[int, int, int, int] | None, str]]:
+        if self.detect is None:
+            return [(None, _WHOLE)]
+        boxes = self.detect(image)
+        if not boxes:
+            return [(None, _NO_FACE)]
+        if self.faces == "all":
+            return [(box, f"face {i + 1} of {len(boxes)}") for i, box in enumerate(boxes)]
+        return [(boxes[0], "the face" if len(boxes) == 1 else f"the largest of {len(boxes)} faces")]
+
+    def _batch(self, waiting: list[tuple[Tensor, FERResult]]) -> Iterator[FERResult]:
+        probabilities, affect, embedding = self._run([pixels for pixels, _ in waiting])
+        for row, (_, blank) in enumerate(waiting):
+            shares = probabilities[row].tolist()
+            yield replace(
+                blank,
+                label=self.classes[int(probabilities[row].argmax())],
+                probabilities=dict(zip(self.classes, shares, strict=True)),
+                valence=None if affect is None else float(affect[row, 0]),
+                arousal=None if affect is None else float(affect[row, 1]),
+                embedding=embedding[row].numpy(),
+            )
+
+    @torch.inference_mode()
+    def _run(self, pixels: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Probabilities, valence and arousal, and embeddings of uint8 images."""
+        batch = torch.stack([self.transform(image) for image in pixels]).to(self.device)
+        outputs = [
+            whole_output(self.model, view) for view in ([batch, batch.flip(3)] if self.flip else [batch])
+        ]
+
+        def mean(tensors: list[Tensor]) -> Tensor:
+            return torch.stack([tensor.float() for tensor in tensors]).mean(0).cpu()
+
+        affect = [output.valence_arousal for output in outputs if output.valence_arousal is not None]
+        return (
+            mean([output.logits.float().softmax(1) for output in outputs]),
+            mean(affect).clamp(-1, 1) if affect else None,
+            mean([output.embedding for output in outputs]),
+        )
+
+
+def weights_file(which: str | os.PathLike) -> Path:
+    """The checkpoint of a path, of a run folder, or of the name of a model shipped with weights."""
+    path = Path(which)
+    if path.is_dir():
+        return path / "best.safetensors"
+    name, _, tag = os.fspath(which).partition(".")
+    if name in list_models() and (not tag or not path.exists()):
+        tags = shipped_weights(name)
+        if not tags:
+            having = [other for other in list_models() if shipped_weights(other)]
+            raise ValueError(
+                f"no weights of {name} come with this installation; "
+                + (f"there are some of {', '.join(having)}" if having else "pass the path of a checkpoint")
+            )
+        if tag and tag not in tags:
+            raise ValueError(
+                f"unknown weights {tag!r} of {name}: expected one of {', '.join(tags)}"
+                + nearest(tag, list(tags))
+            )
+        return tags[tag or next(iter(tags))]
+    if not path.suffix and os.sep not in os.fspath(which) and not path.exists():
+        raise ValueError(f"neither a file nor a model: {os.fspath(which)!r}" + nearest(name, list_models()))
+    return path
+
+
+def to_pixels(image: Any) -> Tensor:
+    """Any of the images `Predictor` takes, as uint8 (3, H, W)."""
+    if isinstance(image, (str, os.PathLike)):
+        path = Path(image)
+        if not path.is_file():
+            raise ImageError(f"{path}: no such file")
+        try:
+            return decode_image(path.read_bytes())
+        except (ImageError, OSError) as error:
+            raise ImageError(f"{path}: {error}") from None
+    if isinstance(image, Image.Image):
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    if isinstance(image, np.ndarray):
+        if image.ndim == 2:
+            image = np.repeat(image[:, :, None], 3, axis=2)
+        if image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"an array must be (H, W, 3) or (H, W), got {image.shape}")
+        image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    if not isinstance(image, Tensor):
+        raise TypeError(f"expected a path, a PIL image, an array or a tensor, got {type(image).__name__}")
+    if image.dim() != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"a tensor must be (3, H, W), got {tuple(image.shape)}")
+    if 0 in image.shape:
+        raise ValueError(f"an image without pixels: {tuple(image.shape)}")
+    image = image.detach().cpu().expand(3, -1, -1)
+    if image.dtype == torch.uint8:
+        return image.contiguous()
+    if not image.is_floating_point():
+        raise TypeError(f"pixels must be uint8 or floating point, got {image.dtype}")
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0 and high <= 255):  # NaN fails both
+        raise ValueError(f"floats must lie in [0, 1] or in [0, 255], got {low:.4g} to {high:.4g}")
+    return (image.float() * (255 if high <= 1 else 1)).round().to(torch.uint8).contiguous()
+
+
+def _listed(images: Any) -> list[Any]:
+    if isinstance(images, (list, tuple)):
+        return list(images)
+    if isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
+        return list(images)
+    return [images]
+
+
+_Named = tuple[dict[str, Any], Tensor | ImageError]  # an image, or why there is none, and its first columns
+
+
+def _folder(path: Path) -> tuple[int, Iterator[_Named]]:
+    """How many, and the images of a folder and the folders within, or the one of a file."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
+    if not files:
+        raise DataError(f"Predictor: {path} has no images ({', '.join(IMAGES)})")
+
+    def image(file: Path) -> Tensor | ImageError:
+        try:
+            return decode_image(file.read_bytes())
+        except (ImageError, OSError) as error:
+            return ImageError(str(error))
+
+    return len(files), (
+        ({"image": str(file.relative_to(path) if path.is_dir() else file)}, image(file)) for file in files
+    )
+
+
+def _cv2() -> Any:
+    try:
+        import cv2
+    except ImportError:
+        raise ValueError(f"Predictor: this {_INSTALL}") from None
+    return cv2
+
+
+def _video(path: Path, every: int) -> tuple[int | None, Iterator[_Named]]:
+    """How many as far as is known, and the frames. A video that ends early has a last row that says so."""
+    cv2 = _cv2()
+    with _silent(cv2):
+        capture = cv2.VideoCapture(str(path))
+    whole, rate = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), float(capture.get(cv2.CAP_PROP_FPS))
+    if not capture.isOpened() or not capture.grab():
+        capture.release()
+        raise DataError(f"Predictor: {path} is not a video that can be read, or has no frame")
+
+    def name(number: int) -> dict[str, Any]:
+        return {"image": path.name, "frame": number, "seconds": round(number / rate, 3) if rate else None}
+
+    def frames() -> Iterator[_Named]:
+        number = 0
+        try:
+            with _silent(cv2):
+                while True:
+                    if number % every == 0:
+                        read, image = capture.retrieve()
+                        if not read:
+                            break
+                        yield name(number), torch.from_numpy(image[:, :, ::-1].copy()).permute(2, 0, 1)
+                    number += 1
+                    if not capture.grab():
+                        break
+        finally:
+            capture.release()
+        if number < whole:
+            yield name(number), ImageError(f"the video ends here, and says it has {whole} frames")
+
+    return max(whole, 0) // every or None, frames()
+
+
+@contextlib.contextmanager
+def _silent(cv2: Any) -> Iterator[None]:
+    """OpenCV's own remarks on damaged files go to the terminal otherwise."""
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        yield
+    finally:
+        cv2.utils.logging.setLogLevel(level)
+
+
+def _opencv_detector() -> Any:
+    """image (3, H, W) to boxes, the largest first."""
+    cv2 = _cv2()
+    file = (
+        Path(getattr(getattr(cv2, "data", None), "haarcascades", "")) / "haarcascade_frontalface_default.xml"
+    )
+    if not hasattr(cv2, "CascadeClassifier") or not file.is_file():
+        raise ValueError(f"Predictor: OpenCV {cv2.__version__} comes without its cascades; this {_INSTALL}")
+    cascade = cv2.CascadeClassifier(str(file))
+
+    def detect(image: Tensor) -> list[tuple[int, int, int, int]]:
+        gray = cv2.equalizeHist(cv2.cvtColor(image.permute(1, 2, 0).numpy(), cv2.COLOR_RGB2GRAY))
+        least = max(24, min(gray.shape) // 12)
+        boxes = cascade.detectMultiScale(gray, scaleFactor=1.1, minNeighbors=5, minSize=(least, least))
+        found = [(int(left), int(top), int(width), int(height)) for left, top, width, height in boxes]
+        return sorted(found, key=lambda box: (-box[2] * box[3], box))
+
+    return detect
