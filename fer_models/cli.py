@@ -89,6 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"fer: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_MISTAKE
+    except OSError as error:  # such as a full disk
+        if options.traceback:
+            raise
+        print(f"fer: {error}", file=sys.stderr)
+        return STOPPED
 
 
 def make_parser() -> argparse.ArgumentParser:

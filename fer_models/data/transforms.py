@@ -41,6 +41,7 @@ def train_transform(
     zoom: float = 0.1,
     color: float = 0.25,
     erase: float = 0.25,
+    randaugment: int = 0,
 ) -> v2.Compose:
     """As eval_transform, after a random flip and the augmentations below; 0 switches one off.
 
@@ -50,6 +51,7 @@ def train_transform(
         zoom: share of the size, either way.
         color: change of brightness, contrast and saturation.
         erase: how often a rectangle of 2 to 20 % is blanked.
+        randaugment: that many of RandAugment's operations, with its magnitude of 9.
     """
     steps: list[nn.Module] = [_Resize(size), v2.RandomHorizontalFlip()]
     if turn or shift or zoom:
@@ -60,6 +62,8 @@ def train_transform(
         )
     if color:
         steps.append(v2.ColorJitter(color, color, color))
+    if randaugment:
+        steps.append(v2.RandAugment(randaugment, 9, interpolation=v2.InterpolationMode.BILINEAR))
     steps += _to_input(imagenet)
     if erase:
         steps.append(v2.RandomErasing(erase, scale=(0.02, 0.2)))

@@ -60,7 +60,7 @@ class TrainConfig:
     ema: float = field(default=0.0, metadata={"help": "decay of averaged weights, e.g. 0.999; 0 is none"})
 
     # Regularisation
-    augment: str = field(default="light", metadata={"help": "none, light or strong"})
+    augment: str = field(default="light", metadata={"help": "none, light, strong or randaugment"})
     label_smoothing: float = field(default=0.1, metadata={"help": "share of the target all classes get"})
     distribution: bool = field(default=False, metadata={"help": "train on votes where the data has them"})
     mixup: float = field(default=0.0, metadata={"help": "alpha of mixup; 0 is none"})
@@ -115,7 +115,7 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         self._one_of("schedule", ("cosine", "step", "constant"))
-        self._one_of("augment", ("none", "light", "strong"))
+        self._one_of("augment", ("none", "light", "strong", "randaugment"))
 
     def _at_least(self, name: str, least: float) -> None:
         if not getattr(self, name) >= least:

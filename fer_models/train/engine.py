@@ -38,9 +38,10 @@ from .loading import Steps, mix, mixed_seed, training_loader, workers_for
 
 # Host and device, and the processes, meet this often: reading a loss waits for the device
 CHECK_STEPS = 10
-AUGMENT: dict[str, dict[str, float]] = {
+AUGMENT: dict[str, dict[str, Any]] = {
     "light": {},
     "strong": {"turn": 15, "shift": 0.1, "zoom": 0.2, "color": 0.4, "erase": 0.5},
+    "randaugment": {"turn": 0, "shift": 0, "zoom": 0, "color": 0, "randaugment": 2},
 }
 STATE, LAST, BEST = "last.pt", "last.safetensors", "best.safetensors"
 FORMAT = 1  # of STATE

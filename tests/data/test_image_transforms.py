@@ -1,6 +1,7 @@
 """Transforms: sizes, ranges, and that they travel to workers."""
 
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from fer_models.data import SyntheticFaces, eval_transform, train_transform
 IMAGE = torch.arange(3 * 40 * 56).remainder(256).to(torch.uint8).view(3, 40, 56)
 
 
-@pytest.mark.parametrize("make", [eval_transform, train_transform])
+@pytest.mark.parametrize("make", [eval_transform, train_transform, partial(train_transform, randaugment=2)])
 @pytest.mark.parametrize("size", [32, 112])
 def test_shape(make, size):
     image = make(size)(IMAGE)

@@ -1,14 +1,18 @@
 """What a user types, right and wrong: one line of explanation, and the exit code."""
 
+import csv
 import json
 import pickle
+import resource
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from fer_models.cli import main
 from fer_models.train.checkpoint import load_checkpoint, save_checkpoint
+from fer_models.train.engine import Trainer
 
 TINY = (
     *("--model", "face2nodes_nano", "--data", "synthetic"),
@@ -91,6 +95,59 @@ def test_unwritable_folder(tmp_path, capsys):
     assert "cannot write to the run folder" in text
 
 
+def test_full_disk(tmp_path, capsys, monkeypatch):
+    """The limit on a file's size stands for it: from the second epoch on, files end in the middle."""
+    folder, names = tmp_path / "run", ("best.safetensors", "last.safetensors", "last.pt")
+    arguments = ("train", *TINY, "--epochs", "2", "--out", str(folder))
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), {}
+    validate = Trainer.validate
+
+    def fills_the_disk(self):
+        if self.epoch == 1:
+            before.update({name: (folder / name).read_bytes() for name in names})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        return validate(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "validate", fills_the_disk)
+        try:
+            code = main(arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code != 0 and "what was there is intact" in capsys.readouterr().err
+    assert before and {name: (folder / name).read_bytes() for name in names} == before
+    assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]
+    assert main([*arguments, "--resume", "must"]) == 0
+
+
+def test_predict_and_explain(run, tmp_path, capsys):
+    from fer_models.data import SyntheticFaces
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(2):
+        face = SyntheticFaces(None, "valid", length=2).draw(index)
+        Image.fromarray(face.permute(1, 2, 0).numpy()).save(images / f"{index}.png")
+    (images / "2.png").write_bytes(b"no image")
+    table, picture = tmp_path / "out.csv", tmp_path / "explain.png"
+    assert main(["predict", str(images), "--model", str(run), "--csv", str(table)]) == 0
+    assert "3 rows in" in capsys.readouterr().out
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == ["0.png", "1.png", "2.png"]
+    assert rows[0]["label"] and not rows[0]["error"] and "not an image" in rows[2]["error"]
+    assert main(["predict", str(images / "0.png"), "--model", str(run)]) == 0
+    assert rows[0]["label"] in capsys.readouterr().out
+    assert main(["explain", str(images / "0.png"), "--model", str(run), "--out", str(picture)]) == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG" and (run / "explain.png").read_bytes()[:4] == b"\x89PNG"
+    assert "not an image" in fails(capsys, "explain", str(images / "2.png"), "--model", str(run))
+    assert "does not exist" in fails(capsys, "predict", str(tmp_path / "none"), "--model", str(run))
+    assert "no folder" in fails(
+        capsys, "explain", str(images / "0.png"), "--model", str(run), "--out", str(tmp_path / "no" / "a.png")
+    )
+    assert main(["predict", str(images / "2.png"), "--model", str(run)]) == 2
+
+
 def test_wrong_checkpoints(run, tmp_path, capsys):
     assert "no checkpoint" in fails(capsys, "eval", str(tmp_path / "none"))
     broken = tmp_path / "broken.safetensors"
@@ -126,7 +183,8 @@ def test_stops_at_a_loss_that_is_not_finite(tmp_path, capsys):
 
 
 def test_help_shows_examples(capsys):
-    for arguments in ([], ["train"], ["eval"], ["bench"], ["data", "check"], ["data", "preview"], ["info"]):
+    for arguments in ([], ["train"], ["eval"], ["bench"], ["data", "check"], ["data", "preview"], ["info"],
+                      ["predict"], ["explain"]):  # fmt: skip
         with pytest.raises(SystemExit) as end:
             main([*arguments, "--help"])
         assert end.value.code == 0
