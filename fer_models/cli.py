@@ -195,6 +195,21 @@ def make_parser() -> argparse.ArgumentParser:
     preview.add_argument("--data-options", nargs="+", default=[], metavar="KEY=VALUE")
     preview.add_argument("--out", default="preview.png")
     preview.set_defaults(run=_data_preview)
+    speed = actions.add_parser(
+        "speed",
+        help="images a second that are read, decoded and augmented",
+        epilog="example:\n  fer data speed ferplus --root DATA --size 112 --augment strong --workers 2",
+        formatter_class=raw,
+    )
+    speed.add_argument("name")
+    speed.add_argument("--root", help="folder or zip file")
+    speed.add_argument("--split", default="train")
+    speed.add_argument("--data-options", nargs="+", default=[], metavar="KEY=VALUE")
+    speed.add_argument("--size", type=int, default=112, help="pixels a side (default: 112)")
+    speed.add_argument("--augment", default="light", help="none, light, strong or randaugment")
+    speed.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
+    speed.add_argument("--seconds", type=float, default=5.0, help="of measuring")
+    speed.set_defaults(run=_data_speed)
     actions.add_parser("list", help="known data sets").set_defaults(run=_data_list)
 
     info = commands.add_parser(
@@ -521,6 +536,20 @@ def _data_preview(options: argparse.Namespace) -> int:
     dataset = create_dataset(options.name, options.root, options.split, **pairs(options.data_options))
     preview(dataset, options.out)
     print(f"{dataset}\nin {options.out}")
+    return 0
+
+
+def _data_speed(options: argparse.Namespace) -> int:
+    from .data import create_dataset
+    from .train.engine import make_transform
+    from .train.speed import loading_rate
+
+    transform = make_transform(options.size, options.augment, imagenet=True)
+    dataset = create_dataset(
+        options.name, options.root, options.split, transform=transform, **pairs(options.data_options)
+    )
+    rate = loading_rate(dataset, workers=options.workers, seconds=options.seconds)
+    print(f"{rate:.0f} images a second at {options.size} pixels, {options.workers} processes")
     return 0
 
 

@@ -38,7 +38,8 @@ from .loading import Steps, mix, mixed_seed, training_loader, workers_for
 
 # Host and device, and the processes, meet this often: reading a loss waits for the device
 CHECK_STEPS = 10
-AUGMENT: dict[str, dict[str, Any]] = {
+AUGMENT: dict[str, dict[str, Any] | None] = {  # what `train_transform` is told, or to do without it
+    "none": None,
     "light": {},
     "strong": {"turn": 15, "shift": 0.1, "zoom": 0.2, "color": 0.4, "erase": 0.5},
     "randaugment": {"turn": 0, "shift": 0, "zoom": 0, "color": 0, "randaugment": 2},
@@ -53,6 +54,16 @@ class TrainingStopped(RuntimeError):
 
 class Interrupted(Exception):
     """The user asked to stop; the step was finished and the checkpoint written."""
+
+
+def make_transform(size: int, augment: str, *, imagenet: bool) -> Any:
+    """Of images that are trained on."""
+    if augment not in AUGMENT:
+        raise ConfigError(f"unknown augment {augment!r}: expected one of {', '.join(AUGMENT)}")
+    options = AUGMENT[augment]
+    if options is None:
+        return eval_transform(size, imagenet=imagenet)
+    return train_transform(size, imagenet=imagenet, **options)
 
 
 class Trainer:
@@ -144,9 +155,7 @@ class Trainer:
         config = self.config
         imagenet = wants_imagenet(self.model)
         valid = eval_transform(self.size, imagenet=imagenet)
-        train = valid
-        if config.augment != "none":
-            train = train_transform(self.size, imagenet=imagenet, **AUGMENT[config.augment])
+        train = make_transform(self.size, config.augment, imagenet=imagenet)
         return (
             create_dataset(config.data, config.root or None, "train", transform=train, **config.data_options),
             create_dataset(

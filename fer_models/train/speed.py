@@ -1,4 +1,4 @@
-"""Images a second of a model, on this package's operators and on their references, taking turns."""
+"""Images a second: of a model, on this package's operators and on their references in turns; of loading."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..losses import Criterion, Targets
 from ..registry import create_model
 from .distributed import pick_device
 from .evaluate import input_side
+from .loading import Steps, training_loader
 
 
 def measure(
@@ -62,3 +63,19 @@ def measure(
         for backend in models:
             result[backend][column] = batch_size / best[backend]
     return [(backend, *columns) for backend, columns in result.items()]  # type: ignore[misc]
+
+
+def loading_rate(dataset: Any, *, workers: int, seconds: float, batch_size: int = 64) -> float:
+    """Samples a second that the training loader gives, from its second batch on."""
+    steps = Steps(dataset, min(batch_size, len(dataset)), seed=0)
+    loader = training_loader(dataset, steps, 0, workers, torch.device("cpu"))
+    count, start = 0, 0.0
+    while True:
+        for batch in loader:
+            if not start:  # the first comes when the processes are up
+                start = time.perf_counter()
+                continue
+            count += len(batch["label"])
+            if time.perf_counter() - start > seconds:
+                return count / (time.perf_counter() - start)
+        steps.epoch += 1

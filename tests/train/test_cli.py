@@ -184,7 +184,7 @@ def test_stops_at_a_loss_that_is_not_finite(tmp_path, capsys):
 
 def test_help_shows_examples(capsys):
     for arguments in ([], ["train"], ["eval"], ["bench"], ["data", "check"], ["data", "preview"], ["info"],
-                      ["predict"], ["explain"]):  # fmt: skip
+                      ["predict"], ["explain"], ["data", "speed"]):  # fmt: skip
         with pytest.raises(SystemExit) as end:
             main([*arguments, "--help"])
         assert end.value.code == 0
@@ -196,6 +196,10 @@ def test_data_commands(tmp_path, capsys):
     assert main(["data", "preview", "synthetic", "--out", str(out), "--data-options", "length=32"]) == 0
     assert out.read_bytes()[:4] == b"\x89PNG"
     assert main(["data", "list"]) == 0 and "ferplus" in capsys.readouterr().out
+    quick = ("--data-options", "length=32", "--seconds", "0.1", "--workers", "0", "--size", "32")
+    assert main(["data", "speed", "synthetic", *quick]) == 0
+    assert "images a second at 32 pixels" in capsys.readouterr().out
+    assert "unknown augment 'weak'" in fails(capsys, "data", "speed", "synthetic", "--augment", "weak")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert main(["data", "check", str(empty)]) == 2
