@@ -70,8 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Imports that take seconds come after the help
     from .data import DataError
     from .train.checkpoint import CheckpointError
-    from .train.config import ConfigError
-    from .train.engine import Interrupted, TrainingStopped
+    from .train.config import ConfigError, Interrupted, TrainingStopped
 
     try:
         return options.run(options) or 0

@@ -34,7 +34,6 @@ import os
 from typing import Any
 
 import torch
-from timm.models import register_model
 from torch import Tensor, nn
 
 from .base import FERModel
@@ -45,7 +44,7 @@ from .layers.backbone import (
     prefixed_groups,
     set_checkpointing,
 )
-from .registry import StateDict, build, cfg, default_cfgs
+from .registry import StateDict, build, cfg, default_cfgs, register_model
 
 # 3,803 over the images of AffectNet's training set: neutral, happy, sad, surprise, fear, disgust, anger
 AFFECTNET_CLASS_WEIGHTS = tuple(3803 / n for n in (74874, 134415, 25459, 14090, 6378, 3803, 24882))

@@ -35,12 +35,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from timm.models import register_model
 from torch import nn
 
 from . import registry, vig
 from .layers.grapher import CONVS
-from .registry import StateDict, build, cfg
+from .registry import StateDict, build, cfg, register_model
 
 
 class Face2Nodes(vig.ViG):

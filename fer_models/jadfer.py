@@ -45,7 +45,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor, nn
 
 from fer_kernels.nn import JADAttention, JADBlock, drop_schedule
@@ -54,7 +53,7 @@ from .base import FERModel, check_choice, pair, resize_position
 from .layers.backbone import channels_first, create_levels, set_checkpointing
 from .layers.stem import Residual
 from .losses import CCC, VARIETIES, CrossEntropy, Term, Variety
-from .registry import build, cfg, default_cfgs
+from .registry import build, cfg, default_cfgs, register_model
 
 JAD_MODES = ("key", "soft", "entry", "none", "attn_dropout", "dropkey", "random")
 SB_TOKENS = ("path", "grid")

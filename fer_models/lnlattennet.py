@@ -41,7 +41,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor, nn
 
 from .base import FERModel, check_choice
@@ -50,7 +49,7 @@ from .layers.regions import LocalClassifiers, LocalNets, crop_regions, region_bo
 from .layers.unet import ConvEncoder, TimmEncoder, UNet
 from .losses import CCC, CrossEntropy, RegionCrossEntropy, RegionEntropy, Term
 from .output import FEROutput
-from .registry import build, cfg, default_cfgs
+from .registry import build, cfg, default_cfgs, register_model
 
 FEEDBACKS = ("scale", "logit", "map", "none")
 ATTENTIONS = ("nonlocal", "se")

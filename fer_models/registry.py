@@ -3,27 +3,84 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
+import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Callable
+from importlib.abc import MetaPathFinder
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import timm
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs
-from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
 _logger = logging.getLogger(__name__)
 
 WEIGHTS = Path(__file__).parent / "weights"  # <name>.<tag>.safetensors
+TIMM_DEFAULTS: dict[str, Any] = {  # what timm adds to a default_cfg
+    "custom_load": False,
+    "fixed_input_size": False,
+    "crop_mode": "center",
+    "pool_size": None,
+}
 HEAD_OPTIONS = ("num_classes", "head", "head_options", "valence_arousal")
 _FILES = (".safetensors", ".pt", ".pth")
 _SHOWN = 10  # names of a mismatch that an error lists
 
 StateDict = dict[str, Tensor]
+
+
+Maker = TypeVar("Maker", bound=Callable[..., nn.Module])
+_makers: dict[str, Callable[..., Any]] = {}
+
+
+def register_model(maker: Maker) -> Maker:
+    """Makes a function known as the model of its name, here and to timm."""
+    _makers[maker.__name__] = maker
+    if "timm.models" in sys.modules:
+        _tell_timm([maker])
+    return maker
+
+
+def _tell_timm(makers: list[Callable[..., Any]]) -> None:
+    from timm.models import generate_default_cfgs, register_model
+
+    for maker in makers:
+        module: Any = sys.modules[maker.__module__]
+        if not hasattr(module, "timm_cfgs"):
+            module.timm_cfgs = generate_default_cfgs(module.default_cfgs)
+        # timm reads the attribute of this name, and adds to __all__
+        plain, module.default_cfgs = module.default_cfgs, module.timm_cfgs
+        register_model(maker)
+        module.default_cfgs = plain
+
+
+class _WhenTimmComes(MetaPathFinder):
+    """Makes the models known to timm when someone imports it.
+
+    We do not: it takes longer to import than torch, and most of what is done with a model does without.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "timm":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("timm")
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_tell(module: Any) -> None:
+                run(module)
+                _tell_timm(list(_makers.values()))
+
+            spec.loader.exec_module = run_and_tell  # type: ignore[method-assign]
+        return spec
+
+
+if "timm.models" not in sys.modules:
+    sys.meta_path.insert(0, _WhenTimmComes())
 
 
 def cfg(**changes: Any) -> dict[str, Any]:
@@ -42,13 +99,13 @@ def cfg(**changes: Any) -> dict[str, Any]:
 
 
 def default_cfgs(cfgs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """timm's default cfgs of these architectures, each with a tag for every shipped file of weights."""
+    """These, and for every shipped file of weights one more, with its tag."""
     tagged: dict[str, Any] = {}
     for name, values in cfgs.items():
         tagged[name] = values
         for tag, path in shipped_weights(name).items():
             tagged[f"{name}.{tag}"] = {**values, "file": str(path)}
-    return generate_default_cfgs(tagged)
+    return tagged
 
 
 def build(
@@ -60,15 +117,23 @@ def build(
     feature_cfg: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """What every registered function returns: timm's `build_model_with_cfg` of this class."""
-    return build_model_with_cfg(
-        model_class,
-        name,
-        pretrained,
-        pretrained_filter_fn=filter_fn,
-        feature_cfg=dict(feature_cfg or {}),
-        **kwargs,
-    )
+    """What every registered function returns; timm's `build_model_with_cfg` of this class where timm asks."""
+    if pretrained or kwargs.get("features_only") or "pretrained_cfg" in kwargs:
+        from timm.models import build_model_with_cfg
+
+        return build_model_with_cfg(
+            model_class,
+            name,
+            pretrained,
+            pretrained_filter_fn=filter_fn,
+            feature_cfg=dict(feature_cfg or {}),
+            **kwargs,
+        )
+    default: dict[str, Any] = sys.modules[model_class.__module__].default_cfgs[name]
+    kwargs.setdefault("num_classes", default["num_classes"])
+    model: Any = model_class(**kwargs)
+    model.default_cfg = model.pretrained_cfg = {**TIMM_DEFAULTS, **default, "architecture": name}
+    return model
 
 
 def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
@@ -76,7 +141,7 @@ def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
 
     pretrained=True lists only those with weights.
     """
-    ours = [name for name in timm.list_models(filter) if _module(name).startswith(f"{__package__}.")]
+    ours = [name for name in sorted(_makers) if not filter or fnmatch.fnmatch(name, filter)]
     return [name for name in ours if not pretrained or shipped_weights(name)]
 
 
@@ -96,9 +161,7 @@ def create_model(name: str, pretrained: bool | str | os.PathLike = False, **kwar
         raise ValueError(f"create_model: unknown model {name!r}: {hint}")
     features_only = kwargs.pop("features_only", False)
     if pretrained is False or pretrained is None:
-        if features_only:  # timm passes even features_only=False on
-            kwargs["features_only"] = True
-        return timm.create_model(name, **kwargs)
+        return _make(name, {**kwargs, "features_only": True} if features_only else kwargs)
     path = _weights_path(name, pretrained)
     if features_only:
         raise ValueError(
@@ -112,9 +175,14 @@ def create_model(name: str, pretrained: bool | str | os.PathLike = False, **kwar
         about = read_about(path)
         if about.get("model") == name:
             kwargs = {**about.get("options", {}), **kwargs}
-    model = timm.create_model(name, **kwargs)
+    model = _make(name, kwargs)
     load_weights(model, path, other_head=other_head)
     return model
+
+
+def _make(name: str, options: dict[str, Any]) -> Any:
+    # As with timm, None is what an option is where it is not given
+    return _makers[name](**{option: value for option, value in options.items() if value is not None})
 
 
 def shipped_weights(name: str) -> dict[str, Path]:
@@ -137,6 +205,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike, *, other_head: bool 
     first_conv = getattr(model, "default_cfg", {}).get("first_conv")
     weight = f"{first_conv}.weight"
     if first_conv and weight in state and state[weight].shape[1] != own[weight].shape[1]:
+        from timm.models._manipulate import adapt_input_conv
+
         state[weight] = adapt_input_conv(own[weight].shape[1], state[weight], state[weight].shape[1])
     if other_head and not _fits(own, state, "head."):
         _logger.warning("%s: the head of %s is another one; the model keeps its new head", _name(model), path)
@@ -187,10 +257,6 @@ def _weights_path(name: str, pretrained: bool | str | os.PathLike) -> Path:
         f"create_model: {wanted} shipped for {name} ({known}); "
         "pass the path of a state dict, or pretrained=False"
     )
-
-
-def _module(name: str) -> str:
-    return timm.models.model_entrypoint(name).__module__
 
 
 def _name(model: nn.Module) -> str:

@@ -18,8 +18,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models import register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from fer_kernels.nn import GroupedLinear, Projection, RelationConv
@@ -29,7 +27,7 @@ from . import registry
 from .base import FERModel, LinearHead, check_choice, pair, resize_position
 from .layers.grapher import RELATIONS, Block
 from .layers.stem import ConvStem, Downsample, MultiScaleStem
-from .registry import StateDict, build, cfg
+from .registry import StateDict, build, cfg, register_model
 
 _logger = logging.getLogger(__name__)
 
@@ -267,10 +265,12 @@ class ViG(FERModel):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """timm's: the nodes after the stages `indices`, as "NCHW" or "NHWC" maps."""
         check_choice(self.name, "output_fmt", output_fmt, ("NCHW", "NHWC"))
-        taken, last = feature_take_indices(len(self.stages), indices)
+        taken = taken_stages(self.name, len(self.stages), indices)
         self.check_input(x)
         with self.kernels():
-            found = self._run(x, None, last + 1 if stop_early or intermediates_only else len(self.stages))
+            found = self._run(
+                x, None, max(taken) + 1 if stop_early or intermediates_only else len(self.stages)
+            )
         maps = [found[index] for index in taken]
         if output_fmt == "NCHW":
             maps = [nodes.permute(0, 3, 1, 2) for nodes in maps]
@@ -280,9 +280,9 @@ class ViG(FERModel):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """timm's: drop the stages after the last of `indices`, and the head."""
-        taken, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        self.reductions = self.reductions[: last + 1]
+        taken = taken_stages(self.name, len(self.stages), indices)
+        self.stages = self.stages[: max(taken) + 1]
+        self.reductions = self.reductions[: max(taken) + 1]
         if prune_head:
             self.neck = nn.Identity()
             self.reset_classifier(0)
@@ -339,6 +339,17 @@ def _schedule(k: int, dilation: int | None, count: int, pyramid: bool) -> tuple[
     smallest = (PUBLISHED_SIDE // (32 if pyramid else 16)) ** 2
     most = max(min(smallest, MAX_NEIGHBOURS) // max(neighbours), 1)
     return neighbours, [min(block // 4 + 1, most) for block in range(count)]
+
+
+def taken_stages(here: str, count: int, indices: int | list[int] | None) -> list[int]:
+    """Stages as timm names them: the last so many, or these, negative from the end; None is all."""
+    if indices is None or isinstance(indices, int):
+        last = count if indices is None else indices
+        indices = list(range(count - last, count))
+    taken = [index + count if index < 0 else index for index in indices]
+    if not taken or not all(0 <= index < count for index in taken):
+        raise ValueError(f"{here}: indices must be of stages 0 to {count - 1}, got {indices}")
+    return taken
 
 
 def _halved(grid: tuple[int, int]) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Modules on (B, N, C) nodes: dynamic graphs, graph convolutions, attention with joint attention dropping."""
 
-from .attention import JADAttention, JADBlock, drop_schedule
+from .attention import DropPath, JADAttention, JADBlock, drop_schedule
 from .conv import (
     CONVS,
     DynamicGraphConv,
@@ -19,6 +19,7 @@ from .graph import DilatedKnnGraph, RelativePosition, relative_position_table
 __all__ = [
     "CONVS",
     "DilatedKnnGraph",
+    "DropPath",
     "DynamicGraphConv",
     "EdgeConv",
     "GINConv",

@@ -224,11 +224,11 @@ class JADBlock(nn.Module):
             **options,
         )
         self.ls1 = nn.Identity() if init_values is None else _LayerScale(dim, init_values)
-        self.drop_path1 = _DropPath(drop_path)
+        self.drop_path1 = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = _Mlp(dim, int(dim * mlp_ratio), bias=proj_bias, drop=proj_drop)
         self.ls2 = nn.Identity() if init_values is None else _LayerScale(dim, init_values)
-        self.drop_path2 = _DropPath(drop_path)
+        self.drop_path2 = DropPath(drop_path)
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, return_stats: bool = False
@@ -265,7 +265,7 @@ class _LayerScale(nn.Module):
         return x * self.gamma
 
 
-class _DropPath(nn.Module):
+class DropPath(nn.Module):
     """Stochastic depth: in training a sample's branch is zero with probability p, and else over 1 - p."""
 
     def __init__(self, p: float) -> None:
@@ -276,7 +276,7 @@ class _DropPath(nn.Module):
         if self.p == 0 or not self.training:
             return x
         kept = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1 - self.p)
-        return x * kept / max(1 - self.p, 1e-12)  # p = 1 keeps nothing
+        return x * kept.div_(max(1 - self.p, 1e-12))  # p = 1 keeps nothing
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from .base import FaceDataset
 from .image import ImageError
 from .labels import UNLABELLED
+from .transforms import resize
 
 
 def preview(
@@ -58,5 +58,5 @@ def preview(
 def _thumbnail(image: Tensor, side: int) -> Image.Image:
     scale = side / max(image.shape[1:])
     height, width = (max(1, round(n * scale)) for n in image.shape[1:])
-    small = F.resize(image, [height, width], antialias=True)
+    small = resize(image, height, width)
     return Image.fromarray(small.permute(1, 2, 0).numpy())

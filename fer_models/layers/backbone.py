@@ -7,7 +7,6 @@ import logging
 import os
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +35,8 @@ def create_backbone(
         drop_path_rate: of models that have stochastic depth; above 0 with another is an error.
         options: of `timm.create_model`.
     """
+    import timm  # here: it takes as long to import as torch, and most models do without
+
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see timm.list_models()"

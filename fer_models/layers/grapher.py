@@ -6,11 +6,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from fer_kernels import dilated_knn
-from fer_kernels.nn import DilatedKnnGraph, DynamicGraphConv, Projection, RelativePosition, create_conv
+from fer_kernels.nn import (
+    DilatedKnnGraph,
+    DropPath,
+    DynamicGraphConv,
+    Projection,
+    RelativePosition,
+    create_conv,
+)
 
 from .stem import map_of, nodes_of
 

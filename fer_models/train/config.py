@@ -18,6 +18,14 @@ class ConfigError(ValueError):
     """A wrong key or value: the user's mistake, said in one line."""
 
 
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; what was saved is whole."""
+
+
+class Interrupted(Exception):
+    """The user asked to stop; the step was finished and the checkpoint written."""
+
+
 @dataclass
 class TrainConfig:
     """What a training run is made of; the help text of `fer train` is made of the comments below."""

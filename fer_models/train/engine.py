@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,7 +29,7 @@ from ..metrics import Predictions
 from ..registry import create_model
 from . import pictures
 from .checkpoint import CheckpointError, create_any, load_checkpoint, load_state, save_checkpoint, save_state
-from .config import ConfigError, TrainConfig
+from .config import ConfigError, Interrupted, TrainConfig, TrainingStopped
 from .distributed import World, gathered, joined, wait
 from .evaluate import evaluate, input_side, unwrapped, wants_imagenet, whole_output
 from .loading import Steps, mix, mixed_seed, training_loader, workers_for
@@ -46,14 +44,6 @@ AUGMENT: dict[str, dict[str, Any] | None] = {  # what `train_transform` is told,
 }
 STATE, LAST, BEST = "last.pt", "last.safetensors", "best.safetensors"
 FORMAT = 1  # of STATE
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; what was saved is whole."""
-
-
-class Interrupted(Exception):
-    """The user asked to stop; the step was finished and the checkpoint written."""
 
 
 def make_transform(size: int, augment: str, *, imagenet: bool) -> Any:
@@ -80,6 +70,9 @@ class Trainer:
     def __init__(self, config: TrainConfig, folder: str | Path, world: World, resume: str = "never") -> None:
         self.config, self.folder, self.world = config, Path(folder), world
         self.device = world.device
+        from timm.optim import create_optimizer_v2
+        from timm.utils import ModelEmaV3
+
         self._prepare_folder(resume)
         torch.manual_seed(config.seed)
         self.model = self._make_model()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,11 +72,27 @@ def test_models_are_known_to_timm():
     ]
 
 
+@pytest.mark.parametrize("first", ["import fer_models, timm", "import timm, fer_models"])
+def test_timm_is_imported_by_those_who_want_it(first):
+    code = (
+        "import fer_models, sys; fer_models.create_model('face2nodes_nano')\n"
+        "assert not {'timm', 'torchvision', 'torch._dynamo', 'matplotlib'} & set(sys.modules)\n"
+        if first.startswith("import fer_models")
+        else ""
+    )
+    code += f"{first}; assert timm.create_model('vig_ti', num_classes=3).num_classes == 3"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_default_cfg_and_layer_groups(name):
     with torch.device("meta"):
         model = timm.create_model(name)
     cfg = model.default_cfg
+    with torch.device("meta"):
+        ours = fer_models.create_model(name)
+    assert ours.default_cfg == {key: value for key, value in cfg.items() if key in ours.default_cfg}
+    assert ours.num_classes == model.num_classes
     assert cfg["architecture"] == name and cfg["num_classes"] == model.num_classes
     assert cfg["input_size"][0] == model.in_chans and cfg["input_size"][1] % model.stride == 0
     assert len(cfg["mean"]) == len(cfg["std"]) == 3 and cfg["interpolation"] and cfg["crop_pct"]
