@@ -117,7 +117,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("checkpoint", nargs="+", help="run folder or .safetensors file; two are compared")
     evaluate.add_argument("--data", help="data set (default: the run's)")
     evaluate.add_argument("--root", help="its folder or zip file (default: the run's)")
-    evaluate.add_argument("--split", default="valid", help="default: valid")
+    evaluate.add_argument("--split", default="", help="default: what the run was validated on")
     evaluate.add_argument("--data-options", nargs="+", default=[], metavar="KEY=VALUE")
     evaluate.add_argument("--size", type=int, default=0, help="pixels a side (default: the checkpoint's)")
     evaluate.add_argument("--batch-size", type=int, default=64)
@@ -398,6 +398,7 @@ def _evaluate_one(path: Path, options: argparse.Namespace) -> tuple[Any, Sequenc
     from .train.checkpoint import load_checkpoint
     from .train.config import ConfigError, TrainConfig
     from .train.distributed import World, pick_device
+    from .train.engine import validation_split
     from .train.evaluate import evaluate, input_side, wants_imagenet
 
     file, run = (path / "best.safetensors", path) if path.is_dir() else (path, path.parent)
@@ -412,8 +413,9 @@ def _evaluate_one(path: Path, options: argparse.Namespace) -> tuple[Any, Sequenc
     device = pick_device(options.device)
     size = options.size or about.get("size") or input_side(model)
     transform = eval_transform(size, imagenet=wants_imagenet(model))
+    split = options.split or validation_split(data, config.valid_split if config and same else "")
     dataset = create_dataset(
-        data, root or None, options.split, transform=transform, **{**kept, **pairs(options.data_options)}
+        data, root or None, split, transform=transform, **{**kept, **pairs(options.data_options)}
     )
     if dataset.num_classes != len(about.get("classes", dataset.classes)):
         raise ConfigError(

@@ -46,6 +46,9 @@ class TrainConfig:
     valid_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "those that differ for validation, KEY=VALUE ..."}
     )
+    valid_split: str = field(
+        default="", metadata={"help": "validate on it; empty is valid, or what the data set has for it"}
+    )
     size: int = field(default=0, metadata={"help": "pixels a side; 0 takes the model's"})
     workers: int = field(
         default=-1, metadata={"help": "loader processes; -1 chooses, 0 loads in the main one"}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import create_dataset, eval_transform, train_transform
+from ..data import DATASETS, create_dataset, eval_transform, train_transform
 from ..data.sampling import class_weights
 from ..losses import Criterion, CrossEntropy, Targets, Term, label_distribution
 from ..metrics import Predictions
@@ -154,7 +154,7 @@ class Trainer:
             create_dataset(
                 config.data,
                 config.root or None,
-                "valid",
+                validation_split(config.data, config.valid_split),
                 transform=valid,
                 **{**config.data_options, **config.valid_options},
             ),
@@ -498,9 +498,15 @@ def learning_rate(config: TrainConfig, step: int, steps_an_epoch: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
 
-def _classes_of(data: str) -> int:
-    from ..data import DATASETS
+def validation_split(data: str, wanted: str = "") -> str:
+    """`wanted`, or "valid" where the data set has one, or else the split that results are published on."""
+    kind = DATASETS.get(data)  # an unknown name is create_dataset's error
+    if wanted or kind is None:
+        return wanted or "valid"
+    return "valid" if "valid" in kind.splits else kind.evaluation_split
 
+
+def _classes_of(data: str) -> int:
     return DATASETS[data].default_classes if data in DATASETS else 8
 
 

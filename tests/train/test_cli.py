@@ -10,9 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from fer_models import create_model
 from fer_models.cli import main
+from fer_models.data import DATASETS
 from fer_models.train.checkpoint import load_checkpoint, save_checkpoint
+from fer_models.train.config import TrainConfig, recipes
 from fer_models.train.engine import Trainer
+from fer_models.train.evaluate import input_side
 
 TINY = (
     *("--model", "face2nodes_nano", "--data", "synthetic"),
@@ -204,3 +208,17 @@ def test_data_commands(tmp_path, capsys):
     empty.mkdir()
     assert main(["data", "check", str(empty)]) == 2
     assert "empty" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_recipes(name):
+    """Each names a data set and a model that takes its options and an image of its size."""
+    config = TrainConfig.read(name)
+    assert config.data in DATASETS
+    options = {"num_classes": config.data_options.get("classes", 8), **config.model_options}
+    if config.size:
+        options["img_size"] = config.size
+    model = create_model(config.model, **options).eval()
+    side = config.size or input_side(model)
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, side, side)).shape == (1, options["num_classes"])
