@@ -1,4 +1,4 @@
-"""`fer train` and `fer eval` on a small tree of every data set: splits, folds, classes and sides fit together."""
+"""`fer train` and `fer eval` on a small tree of every data set: splits, folds and classes fit together."""
 
 import pytest
 import trees
