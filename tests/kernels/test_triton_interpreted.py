@@ -19,21 +19,42 @@ HERE = Path(__file__).parent
 OPERATORS = sorted(path.parent.name for path in Path(fer_kernels.__file__).parent.glob("*/triton.py"))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") == "1", reason="already interpreting")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") == "1", reason="already interpreting"),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A process for each operator, all at the same time: the interpreter keeps one core busy."""
+    folder = tmp_path_factory.mktemp("interpreted")
+    started = {}
+    for operator in OPERATORS:
+        report, log = folder / f"{operator}.xml", folder / f"{operator}.txt"
+        with open(log, "w") as output:
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "pytest", HERE / f"test_{operator}.py"),
+                    *("-k", "triton", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"),
+                ],
+                env=os.environ
+                | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        started[operator] = process, report, log
+    yield started
+    for process, _, _ in started.values():
+        process.kill()
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_operator_interpreted(operator, tmp_path):
-    report = tmp_path / "report.xml"
-    run = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", HERE / f"test_{operator}.py"),
-            *("-k", "triton", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"),
-        ],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-20_000:] + run.stderr[-5_000:]
+def test_operator_interpreted(operator, runs):
+    process, report, log = runs[operator]
+    code = process.wait()
+    said = log.read_text()[-20_000:]
+    assert code == 0, said
     suite = ElementTree.parse(report).getroot().find("testsuite")
     ran = int(suite.get("tests")) - int(suite.get("skipped"))
-    assert ran > 0, f"no test of {operator} ran on Triton:\n{run.stdout[-20_000:]}"
+    assert ran > 0, f"no test of {operator} ran on Triton:\n{said}"
