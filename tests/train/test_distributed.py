@@ -13,8 +13,9 @@ from fer_models.metrics import Predictions
 from fer_models.train.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-# A network without batch norm, whose statistics are those of a process's part of the batch
-VIT = ("img_size=32", "patch_size=8", "embed_dim=32", "depth=1", "num_heads=2")
+# A network without batch norm, whose statistics are those of a process's part of the batch, and without biases
+# of keys, whose gradients are zero but for rounding: AdamW makes whole steps of it
+VIT = ("img_size=32", "patch_size=8", "embed_dim=32", "depth=1", "num_heads=2", "qkv_bias=False")
 RUN = (
     *("train", "--model", "timm/vit_tiny_patch16_224", "--model-options", *VIT, "--size", "32"),
     *("--epochs", "2", "--batch-size", "16", "--workers", "0", "--accumulate", "2", "--lr", "1e-3"),
@@ -41,8 +42,8 @@ def test_two_processes_train_and_evaluate_like_one(tmp_path):
         run(tmp_path / str(processes), processes)
     one, two = (load_file(tmp_path / name / "last.safetensors") for name in ("1", "2"))
     assert one.keys() == two.keys()
-    for name in one:
-        assert torch.allclose(one[name], two[name], rtol=0, atol=1e-5), name
+    largest = {name: float((one[name] - two[name]).abs().max()) for name in one}
+    assert max(largest.values()) <= 1e-5, largest
     logs = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("1", "2")]
     assert logs[0]["samples"] == logs[1]["samples"] == 77
 
