@@ -51,7 +51,7 @@ examples:
   fer predict FOLDER --model runs/first
 
 Without --detector an image is taken as a face crop. --detector opencv and videos need OpenCV:
-pip install "fer-kernels[faces]"
+pip install "opencv-python-headless<5"
 """
 
 EXPLAIN_EXAMPLES = """\

@@ -41,7 +41,7 @@ VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 DETECTORS = ("opencv",)
 FACES = ("largest", "all")
 _WHOLE, _NO_FACE = "taken as a face crop", "no face found; the whole image was taken"
-_INSTALL = 'needs OpenCV: pip install "fer-kernels[faces]"'
+_INSTALL = 'needs OpenCV: pip install "opencv-python-headless>=4.8,<5"'
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Predictor:
             weights, with or without their tag: "face2nodes_xs", "face2nodes_xs.ferplus".
         device: "auto", "cpu", "cuda" or "cuda:N".
         detector: None takes every image as a face crop; "opencv" looks for faces first (frontal ones, with
-            the cascade that comes with OpenCV: `pip install "fer-kernels[faces]"`).
+            the cascade that comes with OpenCV: `pip install "opencv-python-headless<5"`).
         faces: with a detector, "largest" or "all" of an image's faces.
         classes: the names of the model's classes; None takes the checkpoint's, or else the usual order.
         size: pixels a side of what the model sees; None takes the checkpoint's or the model's.
