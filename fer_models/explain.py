@@ -52,8 +52,8 @@ def explain(
 ) -> Figure:
     """A picture of what the model predicts for one face, and of what its system shows about why.
 
-    ViG and Face2Nodes show a node's neighbours in several blocks and every node's in-degree, LNLAttenNet its
-    regions' weights, JADFER its path maps and the keys that joint attention dropping drops (or the joint
+    ViG and Face2Nodes show which patches speak for the answer, the neighbours of the one that does most in
+    the first block and the last, and every node's in-degree, LNLAttenNet its regions' weights, JADFER its path maps and the keys that joint attention dropping drops (or the joint
     attention, where its mode drops no keys for that), and any model with a label graph head, as Emotion-GCN,
     that graph.
 
@@ -63,9 +63,9 @@ def explain(
         path: of the PNG to write, in a folder that exists; None writes none.
         classes: names of the classes; None takes the label graph's, or the usual ones for 7 and 8 classes.
         size: pixels a side of the model's input; None takes the model's own.
-        node: (row, column) from 0 in the last block's grid; None takes the one with the largest in-degree.
-            Blocks with finer grids show the node in the same place.
-        layers: blocks to show, from 0; None takes the first, the middle and the last.
+        node: (row, column) from 0 in the last block's grid; None takes the one that speaks most for the
+            answer. Blocks with finer grids show the node in the same place.
+        layers: blocks to show, from 0; None takes the first and the last.
 
     Returns:
         The figure. The same arguments give the same one: nothing is drawn at random.
@@ -98,7 +98,7 @@ def explain(
             output: Any = model(x, full=True)
         face = _Face(image.permute(1, 2, 0).numpy(), size)
         if isinstance(model, ViG):
-            panels = _graph_panels(model, output, face, node, layers)
+            panels = _graph_panels(model, x, output, face, names, node, layers)
         elif isinstance(model, LNLAttenNet):
             panels = _region_panels(model.boxes, output.aux["region_weights"][0].cpu().float(), face)
         elif isinstance(model, JADFER):
@@ -241,9 +241,19 @@ def relative_weights(weights: Tensor, conv: str) -> Tensor:
     return mean if conv == "rgate" else mean * weights.shape[-2]  # gates are around 1, shares around 1 / k
 
 
+def relevance(model: ViG, x: Tensor, label: int) -> Tensor:
+    """How much each node (rows, columns) of the last block speaks for a label: its features times the
+    gradient of the label's logit."""
+    with torch.enable_grad(), model.kernels():
+        features = model.forward_features(x).detach().requires_grad_()
+        logits = model.forward_head(features)
+        (gradient,) = torch.autograd.grad(logits[0, label], features)
+    return (features.detach() * gradient).sum(-1)[0].float().cpu()
+
+
 def shown_layers(count: int, layers: Sequence[int] | None) -> list[int]:
     if layers is None:
-        return sorted({0, count // 2, count - 1})
+        return sorted({0, count - 1})
     wrong = [layer for layer in layers if not 0 <= layer < count]
     if wrong or not layers:
         raise ValueError(
@@ -252,12 +262,11 @@ def shown_layers(count: int, layers: Sequence[int] | None) -> list[int]:
     return list(layers)
 
 
-def shown_place(graph: Tensor, grid: BlockGrid, node: tuple[int, int] | None) -> tuple[float, float]:
-    """(x, y) of the chosen node, or of the one that most nodes look at, of the last block's graph (N, k)."""
-    if node is None:
-        x, y = grid.key_places(in_degree(graph, grid).argmax()).tolist()
-        return x, y
+def shown_place(grid: BlockGrid, node: tuple[int, int] | None, speaks: Tensor) -> tuple[float, float]:
+    """(x, y) of the chosen node, or of the one that speaks most for the answer."""
     rows, columns = grid.nodes
+    if node is None:
+        return grid.node_place(*divmod(int(speaks.argmax()), columns))
     if len(node) != 2 or not (0 <= node[0] < rows and 0 <= node[1] < columns):
         raise ValueError(
             f"explain: node must be (row, column) with a row of 0 to {rows - 1} and a column of 0 to "
@@ -268,15 +277,19 @@ def shown_place(graph: Tensor, grid: BlockGrid, node: tuple[int, int] | None) ->
 
 def _graph_panels(
     model: ViG,
+    x: Tensor,
     output: FEROutput,
     face: _Face,
+    names: Sequence[str],
     node: tuple[int, int] | None,
     layers: Sequence[int] | None,
 ) -> list[Panel]:
     grids = block_grids(model, face.side)
     graphs = [graph[0].cpu() for graph in output.aux["graphs"]]
     shown = shown_layers(len(graphs), layers)
-    place = shown_place(graphs[-1], grids[-1], node)
+    best = int(output.logits[0].argmax())
+    speaks = relevance(model, x, best)
+    place = shown_place(grids[-1], node, speaks)
     panels: list[Panel] = []
     for layer in shown:
         row, column = grids[layer].node_at(*place)
@@ -292,7 +305,11 @@ def _graph_panels(
             partial(_draw_neighbours, face, grids[layer], (row, column), graphs[layer][index], weights, title)
         )
     degrees = in_degree(graphs[-1], grids[-1])
-    return [*panels, partial(_draw_degrees, face, grids[-1], degrees, len(graphs) - 1)]
+    return [
+        *panels,
+        partial(_draw_relevance, face, grids[-1], speaks, names[best]),
+        partial(_draw_degrees, face, grids[-1], degrees, len(graphs) - 1),
+    ]
 
 
 def _draw_neighbours(
@@ -327,8 +344,16 @@ def _draw_neighbours(
     axes.set_xlabel(note if weights is None else f"{note};\nwidth is the relation's weight", fontsize=SMALL)
 
 
+def _draw_relevance(face: _Face, grid: BlockGrid, speaks: Tensor, name: str, axes: Any) -> None:
+    face.draw(axes, f"which patches speak for {name}", gray=True)
+    rows, columns = grid.nodes
+    _heat(axes, speaks.clamp(min=0), (columns * grid.cell, rows * grid.cell))
+    axes.set(xlim=(0, grid.side), ylim=(grid.side, 0))
+    axes.set_xlabel("features times gradient, last block;\nthe brightest has the cyan frame", fontsize=SMALL)
+
+
 def _draw_degrees(face: _Face, grid: BlockGrid, degrees: Tensor, layer: int, axes: Any) -> None:
-    face.draw(axes, f"where the graph looks, block {layer}", gray=True)
+    face.draw(axes, f"how often a patch is a neighbour, block {layer}", gray=True)
     rows, columns = degrees.shape
     cell = grid.cell * grid.reduction
     _heat(axes, degrees.float(), (columns * cell, rows * cell))

@@ -23,21 +23,26 @@ def _figure(width: float, height: float, columns: int = 1) -> Any:
 
 def curves(history: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Loss and accuracy by epoch."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, (left, right) = _figure(9, 3.5, 2)
     epochs = [row["epoch"] + 1 for row in history]
-    for name in history[0]:
-        if name.startswith("train_"):
-            values = [row.get(name, np.nan) for row in history]
-            left.plot(epochs, values, marker=".", label=name.removeprefix("train_").replace("_", " "))
-    left.set(xlabel="epoch", title="training loss and its parts")
-    left.legend()
-    for name in ("accuracy", "mean_class_accuracy", "macro_f1", "mean_ccc"):
+    parts = [name for name in history[0] if name.startswith("train_")]
+    for name in parts[1:] if len(parts) == 2 else parts:  # where there is one part, it is the loss
+        values = [row.get(name, np.nan) for row in history]
+        left.plot(epochs, values, marker=".", label=name.removeprefix("train_").replace("_", " "))
+    left.set(title="training loss and its parts")
+    styles = ("-", "--", ":", "-.")  # where classes are equally many, the first three are nearly one line
+    for name, style in zip(("accuracy", "mean_class_accuracy", "macro_f1", "mean_ccc"), styles, strict=True):
         if any(name in row for row in history):
             values = [row.get(name, np.nan) for row in history]
-            right.plot(epochs, values, marker=".", label=name.replace("_", " "))
-    right.set(xlabel="epoch", title="validation")
-    right.grid(alpha=0.3)
-    right.legend()
+            right.plot(epochs, values, style, marker=".", label=name.replace("_", " "))
+    right.set(title="validation")
+    for axes in (left, right):
+        axes.set(xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.savefig(path, dpi=120)
 
 
@@ -57,9 +62,10 @@ def confusion(matrix: NDArray[Any], classes: Sequence[str], path: str | Path) ->
             left.text(
                 column, row, int(matrix[row, column]), ha="center", va="center", color=color, fontsize=8
             )
-    right.barh(places, np.diag(share), color="tab:blue")
-    right.set(xlim=(0, 1), yticks=places, xlabel="share recognised")
+    bars = right.barh(places, np.diag(share), color="tab:blue")
+    right.bar_label(bars, [f"{value:.0%}" for value in np.diag(share)], padding=2, fontsize=8)
+    right.set(xlim=(0, 1.15), ylim=left.get_ylim(), yticks=places, xlabel="share recognised")
+    right.set_box_aspect(1)  # as the matrix beside it, so that rows are level
     right.set_yticklabels([f"{name} ({int(n)})" for name, n in zip(classes, matrix.sum(1), strict=True)])
-    right.invert_yaxis()
     right.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -219,13 +219,28 @@ def test_in_degrees_count_every_edge():
             assert degrees[0, 0] == (graph == 0).sum()
 
 
-def test_the_default_node_is_looked_at_most():
-    model = nano()
-    grid, graph = block_grids(model, 64)[-1], aux_of(model)["graphs"][-1][0]
-    row, column = grid.node_at(*module.shown_place(graph, grid, None))
-    degrees = module.in_degree(graph, grid)
-    assert degrees[row, column] == degrees.max()
-    assert module.shown_place(graph, grid, (2, 7)) == (60, 20)
+@pytest.mark.parametrize("make", [nano, pyramid])
+def test_the_default_node_speaks_most_for_the_answer(make):
+    model = make()
+    x, grid = eval_transform(64, imagenet=False)(FACE).unsqueeze(0), block_grids(model, 64)[-1]
+    speaks = module.relevance(model, x, 2)
+    assert speaks.shape == grid.nodes
+    row, column = grid.node_at(*module.shown_place(grid, None, speaks))
+    assert speaks[row, column] == speaks.max()
+    assert module.shown_place(grid, (1, 1), speaks) == grid.node_place(1, 1)
+
+
+def test_relevance_is_the_change_of_the_logit():
+    """To first order, of taking a node's features away by a small share."""
+    model = nano().double()
+    x = eval_transform(64, imagenet=False)(FACE).unsqueeze(0).double()
+    speaks = module.relevance(model, x, 3)
+    with torch.no_grad():
+        features = model.forward_features(x)
+        less = features.clone()
+        less[0, 2, 5] *= 1 - 1e-6
+        change = model.forward_head(features)[0, 3] - model.forward_head(less)[0, 3]
+    assert float(speaks[2, 5]) == pytest.approx(float(change) / 1e-6, rel=1e-3, abs=1e-6)
 
 
 def test_relation_weights_are_relative_to_no_preference():
@@ -254,9 +269,9 @@ def test_the_lines_lead_to_the_neighbours():
 
 
 def test_layers():
-    assert module.shown_layers(12, None) == [0, 6, 11] and module.shown_layers(1, None) == [0]
+    assert module.shown_layers(12, None) == [0, 11] and module.shown_layers(1, None) == [0]
     assert module.shown_layers(12, (3, 1)) == [3, 1]
-    assert len(explain(nano(), FACE, layers=(0, 1)).axes) == 5
+    assert len(explain(nano(), FACE, layers=(0, 1, 2)).axes) == 7
 
 
 # Regions, paths, labels

@@ -13,8 +13,8 @@ from fer_models.metrics import Predictions
 from fer_models.train.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-# A network without batch norm, whose statistics are those of a process's part of the batch, and without biases
-# of keys, whose gradients are zero but for rounding: AdamW makes whole steps of it
+# A network without batch norm, whose statistics are those of a process's part of the batch, and without
+# biases of keys, whose gradients are zero but for rounding: AdamW makes whole steps of it
 VIT = ("img_size=32", "patch_size=8", "embed_dim=32", "depth=1", "num_heads=2", "qkv_bias=False")
 RUN = (
     *("train", "--model", "timm/vit_tiny_patch16_224", "--model-options", *VIT, "--size", "32"),
