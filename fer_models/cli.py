@@ -337,8 +337,6 @@ def _one_run(config: Any, folder: Path, resume: str) -> dict[str, float]:
     from .train.engine import fit
 
     main_process = launched().rank == 0
-    if main_process:
-        print(config.to_yaml(), flush=True)
     best = fit(config, folder, resume)
     if main_process and best:
         print(f"\nbest epoch {int(best['epoch']) + 1}: accuracy {best.get('accuracy', float('nan')):.4f}")
@@ -382,7 +380,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         report["paired_bootstrap"] = test
         print(
             f"difference in accuracy {test['difference']:+.4f}, 95 % of resamples within "
-            f"[{test['low']:+.4f}, {test['high']:+.4f}], p = {test['p_value']:.4f}"
+            f"[{test['low']:+.4f}, {test['high']:+.4f}], "
+            + ("p < 0.001" if test["p_value"] < 0.001 else f"p = {test['p_value']:.3f}")
         )
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=2) + "\n")

@@ -53,9 +53,9 @@ def explain(
     """A picture of what the model predicts for one face, and of what its system shows about why.
 
     ViG and Face2Nodes show which patches speak for the answer, the neighbours of the one that does most in
-    the first block and the last, and every node's in-degree, LNLAttenNet its regions' weights, JADFER its path maps and the keys that joint attention dropping drops (or the joint
-    attention, where its mode drops no keys for that), and any model with a label graph head, as Emotion-GCN,
-    that graph.
+    the first block and the last, and every node's in-degree, LNLAttenNet its regions' weights, JADFER its
+    path maps and the keys that joint attention dropping drops (or the joint attention, where its mode drops
+    no keys for that), and any model with a label graph head, as Emotion-GCN, that graph.
 
     Args:
         model: a model of this package with a classifier, in any mode, which it is left in.

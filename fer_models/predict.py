@@ -184,7 +184,7 @@ class Predictor:
             box = result.box
         return {
             "label": result.label if result else "",
-            **{name: result.probabilities[name] if result else None for name in self.classes},
+            **{name: round(result.probabilities[name], 6) if result else None for name in self.classes},
             "valence": result.valence if result else None,
             "arousal": result.arousal if result else None,
             **dict(zip(("left", "top", "width", "height"), box, strict=True)),
@@ -258,7 +258,8 @@ def weights_file(which: str | os.PathLike) -> Path:
             having = [other for other in list_models() if shipped_weights(other)]
             raise ValueError(
                 f"no weights of {name} come with this installation; "
-                + (f"there are some of {', '.join(having)}" if having else "pass the path of a checkpoint")
+                + (f"there are some of {', '.join(having)}; " if having else "")
+                + "name a checkpoint or the run folder of `fer train` as the model"
             )
         if tag and tag not in tags:
             raise ValueError(

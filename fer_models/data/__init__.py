@@ -76,7 +76,11 @@ def create_dataset(
             )
     if root is None and kind is not SyntheticFaces:
         raise ValueError(f"create_dataset: {name} needs root, the folder or zip archive that holds it")
-    return kind(root, kind.splits[0] if split is None else split, **options)  # type: ignore[arg-type]
+    try:
+        return kind(root, kind.splits[0] if split is None else split, **options)  # type: ignore[arg-type]
+    except TypeError as error:
+        given = ", ".join(f"{option}={value!r}" for option, value in options.items() if option != "transform")
+        raise ValueError(f"create_dataset: {name} cannot be made with {given}: {error}") from error
 
 
 def check(path: str | Path, name: str | None = None, **options: Any) -> Report:

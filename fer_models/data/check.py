@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
 from .base import FaceDataset, Record
 from .image import ImageError
@@ -177,7 +178,9 @@ def _check_split(
     labels: dict[bytes, int] = {}
     images = {(record.image, record.box): record for record in dataset.records}  # repeats in the list once
     with ThreadPoolExecutor(2) as pool:
-        for record, remark, size, digest in pool.map(look, images.values()):
+        for record, remark, size, digest in tqdm(
+            pool.map(look, images.values()), split, len(images), unit="image", leave=False
+        ):
             if size is None:
                 result.unreadable[record.image] = remark
                 continue

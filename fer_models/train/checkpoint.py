@@ -122,7 +122,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path} is damaged or holds more than tensors and numbers, and is not loaded: "
-            f"{str(error).splitlines()[0]}"
+            f"{str(error).splitlines()[0][:100]}"
         ) from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} is not a checkpoint of fer_models")
@@ -140,4 +140,6 @@ def _opened(path: str | Path) -> Any:
     try:
         return safe_open(str(path), "pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file, as a run folder's best.safetensors is: {error}"
+        ) from None

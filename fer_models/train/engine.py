@@ -90,13 +90,19 @@ class Trainer:
             raise ConfigError(
                 f"accumulate = {config.accumulate} does not divide the {share} images of a process's step"
             )
-        self.optimizer = create_optimizer_v2(
-            self.model,
-            opt=config.optimizer,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-        )
+        try:
+            self.optimizer = create_optimizer_v2(
+                self.model,
+                opt=config.optimizer,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                momentum=config.momentum,
+            )
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"optimizer = {config.optimizer!r} is not one of timm's, such as adamw, sgd, lamb or lion "
+                f"({error})"
+            ) from error
         self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
         self.criterion = self._make_criterion().to(self.device)
         self.step, self.epoch, self.history = 0, 0, list[dict[str, Any]]()
@@ -111,6 +117,11 @@ class Trainer:
             place = [self.device.index] if self.device.type == "cuda" else None
             self.network = nn.parallel.DistributedDataParallel(self.network, device_ids=place)
         self._asked_to_stop = False
+        # Now that all of it has proved to be possible
+        if world.main:
+            print(config.to_yaml(), flush=True)
+            if not self._resuming:
+                (self.folder / "config.yaml").write_text(config.to_yaml())
 
     # Making
 
@@ -367,8 +378,6 @@ class Trainer:
             probe.unlink()
         except OSError as error:
             raise ConfigError(f"cannot write to the run folder {self.folder}: {error.strerror}") from None
-        if not there:
-            (self.folder / "config.yaml").write_text(self.config.to_yaml())
 
     def _save_weights(self, name: str, predictions: Predictions) -> None:
         about = {

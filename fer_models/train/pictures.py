@@ -68,4 +68,4 @@ def confusion(matrix: NDArray[Any], classes: Sequence[str], path: str | Path) ->
     right.set_box_aspect(1)  # as the matrix beside it, so that rows are level
     right.set_yticklabels([f"{name} ({int(n)})" for name, n in zip(classes, matrix.sum(1), strict=True)])
     right.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ..losses import Criterion, Targets
 from ..registry import create_model
@@ -70,12 +71,14 @@ def loading_rate(dataset: Any, *, workers: int, seconds: float, batch_size: int 
     steps = Steps(dataset, min(batch_size, len(dataset)), seed=0)
     loader = training_loader(dataset, steps, 0, workers, torch.device("cpu"))
     count, start = 0, 0.0
-    while True:
-        for batch in loader:
-            if not start:  # the first comes when the processes are up
-                start = time.perf_counter()
-                continue
-            count += len(batch["label"])
-            if time.perf_counter() - start > seconds:
-                return count / (time.perf_counter() - start)
-        steps.epoch += 1
+    with tqdm(desc="load", unit="image", leave=False) as bar:
+        while True:
+            for batch in loader:
+                if not start:  # the first comes when the processes are up
+                    start = time.perf_counter()
+                    continue
+                count += len(batch["label"])
+                bar.update(len(batch["label"]))
+                if time.perf_counter() - start > seconds:
+                    return count / (time.perf_counter() - start)
+            steps.epoch += 1

@@ -86,6 +86,10 @@ def test_wrong_configurations(tmp_path, capsys):
     assert "KEY=VALUE" in fails(capsys, "train", "--model-options", "dims", *out)
     assert "fewer than batch_size" in fails(capsys, "train", *TINY, "--batch-size", "128", *out)
     assert "needs root" in fails(capsys, "train", "--data", "ferplus", *out)
+    assert "optimizer = 'adamv'" in fails(capsys, "train", *TINY, "--optimizer", "adamv", *out)
+    wrong = ("--data", "synthetic", "--data-options", "length=abc")
+    assert "length='abc'" in fails(capsys, "train", *wrong, *out)
+    assert not (tmp_path / "run" / "config.yaml").exists()  # nothing of runs that could not start
     assert (
         "no CUDA device" in fails(capsys, "train", *TINY, "--device", "cuda", *out)
         or torch.cuda.is_available()
