@@ -17,8 +17,8 @@ Facial expression recognition: train, evaluate, predict, explain, measure, look 
   fer train                                   built-in faces, face2nodes_nano, a few minutes on two cores
   fer train ferplus_face2nodes_xs --root DATA a recipe on a data set of yours
   fer eval runs/face2nodes_nano-synthetic-1   a run's best checkpoint on its validation data
-  fer predict photo.jpg                       the expression, by the weights that come with the package
-  fer explain photo.jpg                       a picture of what the model looked at
+  fer predict photo.jpg --model RUN           the expression, by a run's best checkpoint
+  fer explain photo.jpg --model RUN           a picture of what the model looked at
   fer data check DATA                         what a folder or zip file holds, and what is wrong with it
 """
 
@@ -45,20 +45,20 @@ examples:
 
 PREDICT_EXAMPLES = """\
 examples:
-  fer predict photo.jpg
-  fer predict FOLDER --csv out.csv                    a row a face; an unreadable image has its reason
-  fer predict film.mp4 --every 5 --detector opencv --faces all --csv out.csv
-  fer predict FOLDER --model runs/first
+  fer predict photo.jpg --model runs/first
+  fer predict FOLDER --model runs/first --csv out.csv a row a face; an unreadable image has its reason
+  fer predict film.mp4 --model runs/first --every 5 --detector opencv --faces all --csv out.csv
 
-Without --detector an image is taken as a face crop. --detector opencv and videos need OpenCV:
+No weights come with the package yet, so --model is needed. Without --detector an image is taken as a face crop. --detector opencv and videos need OpenCV:
 pip install "opencv-python-headless<5"
 """
 
 EXPLAIN_EXAMPLES = """\
 examples:
-  fer explain photo.jpg
-  fer explain photo.jpg --out why.png --node 2 3 --layers 0 3 5
   fer explain photo.jpg --model runs/first
+  fer explain photo.jpg --model runs/first --out why.png --node 2 3 --layers 0 3
+
+No weights come with the package yet, so --model is needed.
 """
 
 USER_MISTAKE, STOPPED, INTERRUPTED = 2, 1, 130

@@ -1,7 +1,7 @@
 """From pictures to expressions: images, folders and videos through a trained model.
 
     from fer_models import Predictor
-    predictor = Predictor()                       # the shipped face2nodes_xs, no network needed
+    predictor = Predictor("runs/first")  # a run folder of `fer train`, or the name of shipped weights
     print(predictor("face.jpg")[0].label)
 
 Colours are RGB. OpenCV's arrays are BGR: passed as they are they raise no error, for nothing in them tells;
