@@ -49,7 +49,9 @@ examples:
   fer predict FOLDER --model runs/first --csv out.csv a row a face; an unreadable image has its reason
   fer predict film.mp4 --model runs/first --every 5 --detector opencv --faces all --csv out.csv
 
-No weights come with the package yet, so --model is needed. Without --detector an image is taken as a face crop. --detector opencv and videos need OpenCV:
+No weights come with the package yet, so --model is needed.
+
+Without --detector an image is taken as a face crop. --detector opencv and videos need OpenCV:
 pip install "opencv-python-headless<5"
 """
 
