@@ -190,10 +190,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="example:\n  fer data preview synthetic --out faces.png",
         formatter_class=raw,
     )
-    preview.add_argument("name")
-    preview.add_argument("--root", help="folder or zip file")
-    preview.add_argument("--split", default="train")
-    preview.add_argument("--data-options", nargs="+", default=[], metavar="KEY=VALUE")
+    _add_dataset(preview)
     preview.add_argument("--out", default="preview.png")
     preview.set_defaults(run=_data_preview)
     speed = actions.add_parser(
@@ -202,10 +199,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="example:\n  fer data speed ferplus --root DATA --size 112 --augment strong --workers 2",
         formatter_class=raw,
     )
-    speed.add_argument("name")
-    speed.add_argument("--root", help="folder or zip file")
-    speed.add_argument("--split", default="train")
-    speed.add_argument("--data-options", nargs="+", default=[], metavar="KEY=VALUE")
+    _add_dataset(speed)
     speed.add_argument("--size", type=int, default=112, help="pixels a side (default: 112)")
     speed.add_argument("--augment", default="light", help="none, light, strong or randaugment")
     speed.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
@@ -222,6 +216,22 @@ def make_parser() -> argparse.ArgumentParser:
     info.add_argument("--models", action="store_true", help="models and their sizes only")
     info.set_defaults(run=_info)
     return parser
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
+    """Options that name a data set, for `_dataset`."""
+    parser.add_argument("name")
+    parser.add_argument("--root", help="folder or zip file")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--data-options", nargs="+", default=[], metavar="KEY=VALUE")
+
+
+def _dataset(options: argparse.Namespace, transform: Any = None) -> Any:
+    from .data import create_dataset
+
+    return create_dataset(
+        options.name, options.root, options.split, transform=transform, **pairs(options.data_options)
+    )
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -533,24 +543,20 @@ def _data_check(options: argparse.Namespace) -> int:
 
 
 def _data_preview(options: argparse.Namespace) -> int:
-    from .data import create_dataset, preview
+    from .data import preview
 
-    dataset = create_dataset(options.name, options.root, options.split, **pairs(options.data_options))
+    dataset = _dataset(options)
     preview(dataset, options.out)
     print(f"{dataset}\nin {options.out}")
     return 0
 
 
 def _data_speed(options: argparse.Namespace) -> int:
-    from .data import create_dataset
     from .train.engine import make_transform
     from .train.speed import loading_rate
 
     transform = make_transform(options.size, options.augment, imagenet=True)
-    dataset = create_dataset(
-        options.name, options.root, options.split, transform=transform, **pairs(options.data_options)
-    )
-    rate = loading_rate(dataset, workers=options.workers, seconds=options.seconds)
+    rate = loading_rate(_dataset(options, transform), workers=options.workers, seconds=options.seconds)
     print(f"{rate:.0f} images a second at {options.size} pixels, {options.workers} processes")
     return 0
 

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .base import check_choice
 from .data.base import crop
 from .data.image import ImageError, decode_image
 from .data.labels import class_names, nearest
@@ -95,11 +96,8 @@ class Predictor:
         flip: bool = False,
         batch_size: int = 64,
     ) -> None:
-        for name, value, known in (("detector", detector, (None, *DETECTORS)), ("faces", faces, FACES)):
-            if value not in known:
-                raise ValueError(
-                    f"Predictor: unknown {name} {value!r}: expected one of {', '.join(map(repr, known))}"
-                )
+        check_choice("Predictor", "detector", detector, (None, *DETECTORS))
+        check_choice("Predictor", "faces", faces, FACES)
         if batch_size < 1:
             raise ValueError(f"Predictor: batch_size must be at least 1, got {batch_size}")
         about: dict[str, Any] = {}
@@ -111,8 +109,7 @@ class Predictor:
         self.transform = eval_transform(self.size, imagenet=wants_imagenet(model))
         self.detect = None if detector is None else _opencv_detector()
         self.faces, self.flip, self.batch_size = faces, flip, batch_size
-        with torch.inference_mode():
-            count = self._run([torch.zeros(3, self.size, self.size, dtype=torch.uint8)])[0].shape[1]
+        count = self._run([torch.zeros(3, self.size, self.size, dtype=torch.uint8)])[0].shape[1]
         self.classes = tuple(classes or about.get("classes") or class_names(count))
         if len(self.classes) != count:
             raise ValueError(f"Predictor: the model has {count} classes, got {len(self.classes)} names")

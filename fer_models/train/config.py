@@ -14,6 +14,14 @@ import yaml
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
+AUGMENT: dict[str, dict[str, Any] | None] = {  # what `train_transform` is told, or to do without it
+    "none": None,
+    "light": {},
+    "strong": {"turn": 15, "shift": 0.1, "zoom": 0.2, "color": 0.4, "erase": 0.5},
+    "randaugment": {"turn": 0, "shift": 0, "zoom": 0, "color": 0, "randaugment": 2},
+}
+
+
 class ConfigError(ValueError):
     """A wrong key or value: the user's mistake, said in one line."""
 
@@ -126,7 +134,7 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         self._one_of("schedule", ("cosine", "step", "constant"))
-        self._one_of("augment", ("none", "light", "strong", "randaugment"))
+        self._one_of("augment", tuple(AUGMENT))
 
     def _at_least(self, name: str, least: float) -> None:
         if not getattr(self, name) >= least:

@@ -29,19 +29,13 @@ from ..metrics import Predictions
 from ..registry import create_model
 from . import pictures
 from .checkpoint import CheckpointError, create_any, load_checkpoint, load_state, save_checkpoint, save_state
-from .config import ConfigError, Interrupted, TrainConfig, TrainingStopped
+from .config import AUGMENT, ConfigError, Interrupted, TrainConfig, TrainingStopped
 from .distributed import World, gathered, joined, wait
 from .evaluate import evaluate, input_side, unwrapped, wants_imagenet, whole_output
 from .loading import Steps, mix, mixed_seed, training_loader, workers_for
 
 # Host and device, and the processes, meet this often: reading a loss waits for the device
 CHECK_STEPS = 10
-AUGMENT: dict[str, dict[str, Any] | None] = {  # what `train_transform` is told, or to do without it
-    "none": None,
-    "light": {},
-    "strong": {"turn": 15, "shift": 0.1, "zoom": 0.2, "color": 0.4, "erase": 0.5},
-    "randaugment": {"turn": 0, "shift": 0, "zoom": 0, "color": 0, "randaugment": 2},
-}
 STATE, LAST, BEST = "last.pt", "last.safetensors", "best.safetensors"
 FORMAT = 1  # of STATE
 
