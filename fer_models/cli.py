@@ -591,4 +591,6 @@ def _info(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from .train.distributed import leave
+
+    leave(main())
