@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="replace what stands between <!-- benchmarks:NAME --> and <!-- /benchmarks --> in a Markdown "
-        "file; NAME is an operator, or a result file's name without .csv",
+        "file; NAME is an operator, a result file's name without .csv, or summary",
     )
     command.add_argument("--brief", action="store_true", help="plain lines for a log instead of Markdown")
     return parser

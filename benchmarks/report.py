@@ -11,6 +11,8 @@ from pathlib import Path
 from .results import OK, UNAVAILABLE, Row
 
 Table = list[list[str]]
+# "backward" is timed with its forward; the word alone would promise less
+DIRECTIONS = {"backward": "forward and backward"}
 
 
 def _natural(text: str) -> list:
@@ -104,8 +106,8 @@ def _table(rows: list[Row], contender: str) -> Table:
     return table
 
 
-def _markdown(table: Table) -> str:
-    left, right = 2, len(table[0]) - 2
+def _markdown(table: Table, left: int = 2) -> str:
+    right = len(table[0]) - left
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
     lines.insert(1, "|" + " --- |" * left + " ---: |" * right)
     return "\n".join(lines)
@@ -128,19 +130,19 @@ def _missing(rows: list[Row]) -> list[str]:
     ]
 
 
+def _where(row: Row) -> str:
+    return row.machine if row.device == "cuda" else f"{row.machine}, {row.threads} threads"
+
+
 def render(rows: Iterable[Row]) -> str:
     """A table for every operator, machine, kind of case, direction and contender."""
     blocks = []
-    directions = {
-        "forward": "forward",
-        "backward": "forward and backward",  # as it is timed; "backward" alone would promise less
-    }
-    for (op, device, machine, threads), of_machine in _group(rows, _machine):
-        on = machine if device == "cuda" else f"{machine}, {threads} threads"
+    for (op, *_), of_machine in _group(rows, _machine):
         for (*_, kind, _, direction), section in _group(of_machine, _section):
             what = f"{op} {kind}".rstrip()
             for contender in contenders(section):
-                blocks.append(f"**{what}, {directions.get(direction, direction)}, `{contender}`** on {on}")
+                timed = DIRECTIONS.get(direction, direction)
+                blocks.append(f"**{what}, {timed}, `{contender}`** on {_where(section[0])}")
                 blocks.append(_markdown(_table(section, contender)))
         missing = _missing(of_machine)
         if missing:
@@ -152,6 +154,50 @@ def render(rows: Iterable[Row]) -> str:
         "measured in the same process, over ours."
     )
     return "\n\n".join([*blocks, legend]) + "\n" if blocks else "No results.\n"
+
+
+SUMMARY = "summary"  # the name of its block
+IN_SUMMARY = ("eager", "compile")  # the peers that every operator has
+LEGEND_OF_SUMMARY = (
+    "How many times faster ours is: the geometric mean over all cases and dtypes, in brackets the least and "
+    "the most. “of” is how many times the time of a bound that does less work ours takes."
+)
+
+
+def summary(rows: Iterable[Row]) -> str:
+    """One table a machine, with a line for every operator, kind of case, direction and contender."""
+    blocks = []
+    for _, of_machine in _group(rows, lambda row: (row.device, row.machine, row.threads)):
+        table = [["operator", "timed", "ours", "cases", *(f"vs {name}" for name in IN_SUMMARY), "others"]]
+        for _, section in _group(of_machine, _section):
+            table += [_summary_line(section, contender) for contender in contenders(section)]
+        blocks.append(f"On {_where(of_machine[0])}:")
+        blocks.append(_markdown(table, left=3))
+    return "\n\n".join([*blocks, LEGEND_OF_SUMMARY]) + "\n" if blocks else "No results.\n"
+
+
+def _summary_line(section: list[Row], contender: str) -> list[str]:
+    of_case = [{row.provider: row for row in rows} for _, rows in _group(section, _case)]
+    ranges, others = dict[str, str](), []
+    for rival in rivals(section, contender):
+        name, floor = rival
+        ratios = [ratio(by_name.get(contender), by_name.get(name), floor) for by_name in of_case]
+        known = [value for value in ratios if value is not None]
+        if not known:
+            continue
+        mean = _times(geometric_mean(known))
+        if name in IN_SUMMARY:
+            ranges[name] = f"{mean} ({_times(min(known))} to {_times(max(known))})"
+        else:
+            others.append(f"{_heading(rival)} {mean}")
+    return [
+        f"{section[0].op} {_kind(section[0])}".rstrip(),
+        DIRECTIONS.get(section[0].direction, section[0].direction),
+        f"`{contender}`",
+        str(sum(contender in by_name for by_name in of_case)),
+        *(ranges.get(name, "") for name in IN_SUMMARY),
+        ", ".join(others),
+    ]
 
 
 def brief(rows: Iterable[Row]) -> str:
@@ -194,17 +240,20 @@ def update(document: Path, files: dict[str, list[Row]]) -> list[str]:
     """Rewrites the document's blocks that these files fill; returns the names of those blocks.
 
     A block's NAME is a result file's name without .csv, or an operator: then it holds that
-    operator's rows of all the files. Blocks that none of the files fills stay as they are.
+    operator's rows of all the files, or "summary" of all the files. Blocks that none of the files fills stay
+    as they are.
     """
     filled = []
 
     def fill(match: re.Match) -> str:
         name = match["name"]
-        rows = files.get(name) or [row for rows in files.values() for row in rows if row.op == name]
+        rows = files.get(name) or [
+            row for rows in files.values() for row in rows if name in (row.op, SUMMARY)
+        ]
         if not rows:
             return match[0]
         filled.append(name)
-        return f"{match['open']}\n{render(rows)}{match['close']}"
+        return f"{match['open']}\n{summary(rows) if name == SUMMARY else render(rows)}{match['close']}"
 
     text = _BLOCK.sub(fill, document.read_text())
     if filled:

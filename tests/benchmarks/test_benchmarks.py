@@ -543,6 +543,17 @@ def test_report_states_ratios_and_their_mean():
     assert text.index("| n49 ") < text.index("| n196 ")
 
 
+def test_summary_has_a_line_for_what_a_table_has():
+    failed = row("n784", ms=None, status=results.FAILED)
+    text = report.summary([*SAMPLE, failed, row("n784", "eager", 3.0, "peer")])
+    assert "On a CPU, 2 threads:" in text
+    assert "| knn | forward | `ours-cpu` | 3 | 4x (2x to 8x) |  | of bmm 1.41x |" in text
+    assert text.count("`ours-cpu`") == 1
+    both = report.summary([*SAMPLE, row(ms=1.0, direction="backward")])
+    assert both.count("`ours-cpu`") == 2 and "forward and backward" in both
+    assert report.summary([]) == "No results.\n"
+
+
 def test_report_has_a_table_for_every_kind_and_direction():
     rows = [
         row("rmr-b2-n49", ms=1.0),
@@ -591,6 +602,7 @@ def test_update_replaces_only_the_blocks_it_can_fill(tmp_path, capsys):
         "# Title\n<!-- benchmarks:knn -->\nold\n<!-- /benchmarks -->\nbetween\n"
         "<!-- benchmarks:knn-a-cpu --><!-- /benchmarks -->\n"
         "<!-- benchmarks:jad -->\nkeep\n<!-- /benchmarks -->\n"
+        "<!-- benchmarks:summary -->\n<!-- /benchmarks -->\n"
     )
     document.write_text(before)
     assert command.main(["report", str(table), "--update", str(document)]) == 0
@@ -598,6 +610,7 @@ def test_update_replaces_only_the_blocks_it_can_fill(tmp_path, capsys):
     assert text.count("| geometric mean |") == 2 and "old" not in text
     assert text.startswith("# Title\n") and "between" in text
     assert "<!-- benchmarks:jad -->\nkeep\n<!-- /benchmarks -->" in text
+    assert "<!-- benchmarks:summary -->\nOn a CPU" in text
     assert command.main(["report", str(table), "--update", str(document)]) == 0
     assert document.read_text() == text
     document.write_text("nothing to fill")

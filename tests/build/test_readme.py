@@ -1,10 +1,12 @@
-"""README's operator table is what the code says."""
+"""The tables in README and docs are what code and results say."""
 
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from fer_kernels import info
 
@@ -19,13 +21,14 @@ def test_operator_table_is_current():
     )
 
 
-def test_benchmark_table_is_current(tmp_path):
-    page = tmp_path / "README.md"
-    shutil.copy(ROOT / "README.md", page)
+@pytest.mark.parametrize("name", ["README.md", "docs/performance.md"])
+def test_benchmark_tables_are_current(name, tmp_path):
+    page = tmp_path / "page.md"
+    shutil.copy(ROOT / name, page)
     results = sorted((ROOT / "benchmarks" / "results").glob("*.csv"))
     command = [sys.executable, "-m", "benchmarks", "report", *map(str, results), "--update", str(page)]
     subprocess.run(command, cwd=ROOT, check=True)
-    assert page.read_text() == (ROOT / "README.md").read_text(), f"run {' '.join(command)}"
+    assert page.read_text() == (ROOT / name).read_text(), f"run {' '.join(command)}"
 
 
 def test_every_environment_variable_is_documented():
