@@ -31,6 +31,7 @@ Keys of `FEROutput.aux`: none.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class EmotionGCN(FERModel):
         drop_path_rate: float = 0.0,
         head: str = "label_graph",
         head_options: dict[str, Any] | None = None,
-        adjacency: str | Tensor = "auto",
+        adjacency: str | Tensor | Sequence[Sequence[float]] = "auto",
         embeddings: str | os.PathLike | Tensor = "auto",
         norm: str = "code",
         valence_arousal: bool = True,

@@ -23,7 +23,8 @@ from ..base import LinearHead, check_choice
 from ..data.labels import EMOTIONS
 from ..losses import Targets, label_distribution, labelled
 
-ADJACENCIES = ("auto", "published", "spearman", "conditional", "identity", "full")
+OF_DATA = ("spearman", "conditional")  # what needs a data set's labels
+ADJACENCIES = ("auto", "published", *OF_DATA, "identity", "full")
 NORMS = ("code", "sym", "row")
 CONTINUOUS = ("valence", "arousal")
 TABLE = Path(__file__).parent / "label_vectors.json"
@@ -274,7 +275,7 @@ class LabelGraphHead(nn.Module):
         valence_arousal: whether the head gives them.
         labels: names of the classes; None takes the first of `fer_models.data.EMOTIONS` for 7 and 8
             classes, and for other numbers none.
-        adjacency: a kind of `build_adjacency`, or A itself (n, n).
+        adjacency: a kind of `build_adjacency`, or A itself, (n, n) numbers.
         embeddings: vectors of the labels: "table" (in the package), "learned", the path of a GloVe text file,
             or a tensor (n, E); "auto" is the table where it has all labels, else learned ones.
         va_nodes: keep valence and arousal in the graph where they are no output: in the published graph all
@@ -296,7 +297,7 @@ class LabelGraphHead(nn.Module):
         valence_arousal: bool = False,
         *,
         labels: Sequence[str] | None = None,
-        adjacency: str | Tensor = "auto",
+        adjacency: str | Tensor | Sequence[Sequence[float]] = "auto",
         embeddings: str | os.PathLike | Tensor = "auto",
         va_nodes: bool = True,
         hidden: int = 512,
@@ -334,6 +335,8 @@ class LabelGraphHead(nn.Module):
                 threshold=threshold,
                 reweight=reweight,
             )
+        if not isinstance(adjacency, Tensor):
+            adjacency = torch.tensor(adjacency, dtype=torch.float64)
         if adjacency.shape != (nodes, nodes):
             raise ValueError(f"{here}: adjacency must be {(nodes, nodes)}, got {tuple(adjacency.shape)}")
         if not adjacency.is_meta and not (adjacency.sum(1) > 0).all():

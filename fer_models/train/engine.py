@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ..data import DATASETS, create_dataset, eval_transform, train_transform
 from ..data.sampling import class_weights
+from ..layers.label_graph import OF_DATA
 from ..losses import Criterion, CrossEntropy, Targets, Term, label_distribution
 from ..metrics import Predictions
 from ..registry import create_model
@@ -68,6 +69,7 @@ class Trainer:
         from timm.utils import ModelEmaV3
 
         self._prepare_folder(resume)
+        self._found_options = dict[str, Any]()
         torch.manual_seed(config.seed)
         self.model = self._make_model()
         self.train_data, self.valid_data = self._make_data()
@@ -126,14 +128,24 @@ class Trainer:
             if config.model.startswith("timm/"):
                 raise ConfigError("pretrained is for models of this package; timm/NAME starts from scratch")
             options["pretrained"] = config.pretrained
-        model = create_any(create_model, config.model, self.model_options | options)
+        options = self.model_options | options
+        head = dict(options.get("head_options") or {})
+        if head.get("adjacency", options.get("adjacency")) in OF_DATA:
+            head["targets"] = self._train_targets()
+            options["head_options"] = head
+        model: Any = create_any(create_model, config.model, options)
+        if "targets" in head:
+            # The graph itself, so that loading the checkpoint takes no data
+            del head["targets"]
+            self._found_options = {"head_options": {**head, "adjacency": model.head.adjacency.tolist()}}
         if config.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = model.to(memory_format=torch.channels_last)
         return model.to(self.device)
 
     @property
     def model_options(self) -> dict[str, Any]:
-        """What the model is made with: as many classes as the data has, for images of this size.
+        """What the model is made with: as many classes as the data has, for images of this size, and what
+        was found in the data.
 
         timm's own models are not told the size: some take it, some know no such option.
         """
@@ -142,7 +154,18 @@ class Trainer:
         }
         if self.config.size and not self.config.model.startswith("timm/"):
             options["img_size"] = self.config.size
-        return options | self.config.model_options
+        return options | self.config.model_options | self._found_options
+
+    def _train_targets(self) -> Targets:
+        """What is known of all images that are trained on, but the images."""
+        config = self.config
+        data = create_dataset(config.data, config.root or None, "train", **config.data_options)
+        affect = [(record.valence, record.arousal) for record in data.records]
+        return Targets(
+            torch.tensor(data.labels),
+            torch.stack([data.distribution(record) for record in data.records]),
+            torch.tensor(affect),
+        )
 
     @property
     def size(self) -> int:

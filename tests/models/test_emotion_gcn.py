@@ -163,6 +163,7 @@ def test_glove(tmp_path):
             "unknown adjacency 'cooccurrence': expected one of 'auto', 'published'",
         ),
         ({"adjacency": "spearman"}, "needs targets"),
+        ({"adjacency": [[1.0]]}, r"adjacency must be \(9, 9\), got \(1, 1\)"),
         ({"adjacency": torch.eye(7)}, r"adjacency must be \(9, 9\), got \(7, 7\)"),
         ({"adjacency": torch.zeros(9, 9)}, "positive sum"),
         ({"embeddings": torch.zeros(7, 3)}, r"embeddings must be \(9, E\)"),

@@ -12,7 +12,14 @@ from PIL import Image
 
 from fer_models import create_model
 from fer_models.cli import main
-from fer_models.data import DATASETS
+from fer_models.data import DATASETS, SyntheticFaces
+from fer_models.layers.label_graph import (
+    adjacency_from,
+    build_adjacency,
+    conditional_relation,
+    spearman_relation,
+)
+from fer_models.losses import Targets
 from fer_models.train.checkpoint import load_checkpoint, save_checkpoint
 from fer_models.train.config import TrainConfig, recipes
 from fer_models.train.engine import Trainer
@@ -46,6 +53,30 @@ def test_train_writes_what_it_says(run, capsys):
         assert (run / name).read_bytes()[:4] == b"\x89PNG"
     model, about = load_checkpoint(run / "best.safetensors")
     assert about["classes"][:2] == ["neutral", "happy"] and model(torch.zeros(1, 3, 32, 32)).shape == (1, 8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("head=label_graph", "head_options={adjacency: spearman, threshold: 0.05}"),
+        ("head=label_graph", "head_options={adjacency: conditional, va_nodes: false}"),
+    ],
+)
+def test_a_label_graph_of_the_training_data(options, tmp_path):
+    """Loading the checkpoint needs no data: it holds the graph."""
+    assert main(["train", *TINY, *options, "--out", str(tmp_path)]) == 0
+    model, about = load_checkpoint(tmp_path / "best.safetensors")
+    data = SyntheticFaces(None, "train", length=64, size=32)
+    known = Targets(
+        torch.tensor(data.labels), None, torch.tensor([(r.valence, r.arousal) for r in data.records])
+    )
+    if "spearman" in options[1]:
+        expected = adjacency_from(spearman_relation(known, 8), threshold=0.05)
+    else:
+        expected = adjacency_from(conditional_relation(known, 8, va_nodes=False))
+    torch.testing.assert_close(model.head.adjacency, expected.float())
+    assert not torch.equal(model.head.adjacency, build_adjacency("auto", 8, labels=data.classes).float())
+    assert about["options"]["head_options"]["adjacency"] == model.head.adjacency.tolist()
 
 
 def test_eval_agrees_with_training(run, tmp_path, capsys):
