@@ -79,6 +79,9 @@ class FERModel(nn.Module):
     output_fmt = "NCHW"  # of forward_features, as timm names it: "NCHW" or "NHWC"
     default_cfg: dict[str, Any] = {}  # noqa: RUF012  # timm sets the instance's
 
+    # Names of what depends on the classes
+    head_prefixes: tuple[str, ...] = ("head.",)
+
     def __init__(
         self,
         *,

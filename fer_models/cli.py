@@ -17,8 +17,8 @@ Facial expression recognition: train, evaluate, predict, explain, measure, look 
   fer train                                   built-in faces, face2nodes_nano, a few minutes on two cores
   fer train ferplus_face2nodes_xs --root DATA a recipe on a data set of yours
   fer eval runs/face2nodes_nano-synthetic-1   a run's best checkpoint on its validation data
-  fer predict photo.jpg --model RUN           the expression, by a run's best checkpoint
-  fer explain photo.jpg --model RUN           a picture of what the model looked at
+  fer predict photo.jpg                       the expression, by weights that come with the package
+  fer explain photo.jpg                       a picture of what the model looked at
   fer data check DATA                         what a folder or zip file holds, and what is wrong with it
 """
 
@@ -45,11 +45,10 @@ examples:
 
 PREDICT_EXAMPLES = """\
 examples:
-  fer predict photo.jpg --model runs/first
-  fer predict FOLDER --model runs/first --csv out.csv a row a face; an unreadable image has its reason
-  fer predict film.mp4 --model runs/first --every 5 --detector opencv --faces all --csv out.csv
-
-No weights come with the package yet, so --model is needed.
+  fer predict photo.jpg
+  fer predict FOLDER --csv out.csv                    a row a face; an unreadable image has its reason
+  fer predict film.mp4 --every 5 --detector opencv --faces all --csv out.csv
+  fer predict photo.jpg --model runs/first            a run's best checkpoint
 
 Without --detector an image is taken as a face crop. --detector opencv and videos need OpenCV:
 pip install "opencv-python-headless<5"
@@ -57,10 +56,9 @@ pip install "opencv-python-headless<5"
 
 EXPLAIN_EXAMPLES = """\
 examples:
-  fer explain photo.jpg --model runs/first
-  fer explain photo.jpg --model runs/first --out why.png --node 2 3 --layers 0 3
-
-No weights come with the package yet, so --model is needed.
+  fer explain photo.jpg
+  fer explain photo.jpg --model jadfer_xs --out why.png
+  fer explain photo.jpg --model runs/first --node 2 3 --layers 0 3
 """
 
 USER_MISTAKE, STOPPED, INTERRUPTED = 2, 1, 130
@@ -345,6 +343,7 @@ def _run_folder(config: Any, options: argparse.Namespace) -> Path:
 
 
 def _one_run(config: Any, folder: Path, resume: str) -> dict[str, float]:
+    from .train.checkpoint import BEST
     from .train.distributed import launched
     from .train.engine import fit
 
@@ -353,7 +352,7 @@ def _one_run(config: Any, folder: Path, resume: str) -> dict[str, float]:
     if main_process and best:
         print(f"\nbest epoch {int(best['epoch']) + 1}: accuracy {best.get('accuracy', float('nan')):.4f}")
         for name, what in (
-            ("best.safetensors", "checkpoint"),
+            (BEST, "checkpoint"),
             ("curves.png", "curves"),
             ("confusion.png", "confusion matrix"),
             ("explain.png", "a face explained"),
@@ -406,13 +405,13 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _evaluate_one(path: Path, options: argparse.Namespace) -> tuple[Any, Sequence[str]]:
     from .data import create_dataset, eval_transform
-    from .train.checkpoint import load_checkpoint
+    from .train.checkpoint import BEST, load_checkpoint
     from .train.config import ConfigError, TrainConfig
     from .train.distributed import World, pick_device
     from .train.engine import validation_split
     from .train.evaluate import evaluate, input_side, wants_imagenet
 
-    file, run = (path / "best.safetensors", path) if path.is_dir() else (path, path.parent)
+    file, run = (path / BEST, path) if path.is_dir() else (path, path.parent)
     model, about = load_checkpoint(file)
     config = TrainConfig.read(run / "config.yaml") if (run / "config.yaml").is_file() else None
     data = options.data or (config.data if config else about.get("data"))
@@ -450,8 +449,11 @@ def _evaluate_one(path: Path, options: argparse.Namespace) -> tuple[Any, Sequenc
 def _predict(options: argparse.Namespace) -> int:
     import csv
 
+    from .data import DataError
     from .predict import Predictor
 
+    if options.csv and not Path(options.csv).parent.is_dir():
+        raise FileNotFoundError(f"--csv {options.csv}: there is no folder {Path(options.csv).parent}")
     predictor = Predictor(
         options.model,
         options.device,
@@ -461,11 +463,15 @@ def _predict(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
     )
     rows = []
+    alone = len(options.path) == 1
     for path in options.path:
-        found = predictor.rows(path, every=options.every, progress=sys.stderr.isatty())
-        if len(options.path) > 1:
-            found = [{"path": path, **row} for row in found]
-        rows += found
+        try:
+            found = predictor.rows(path, every=options.every, progress=sys.stderr.isatty())
+        except (DataError, FileNotFoundError) as error:
+            if alone:
+                raise
+            found = [predictor.no_result({"image": path}, str(error).removeprefix("Predictor: "))]
+        rows += found if alone else [{"path": path, **row} for row in found]
     wrong = sum(bool(row["error"]) for row in rows)
     if options.csv:
         columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -486,7 +492,7 @@ def _predict(options: argparse.Namespace) -> int:
             if row["valence"] is not None:
                 affect = f"; valence {row['valence']:+.2f}, arousal {row['arousal']:+.2f}"
             print(f"{name}: {likely}{affect} ({row['note']})")
-    return USER_MISTAKE if wrong == len(rows) else 0
+    return USER_MISTAKE if wrong == len(rows) else 0  # a folder's bad images are in their rows
 
 
 def _explain(options: argparse.Namespace) -> int:

@@ -81,7 +81,7 @@ class EmotionGCN(FERModel):
         head: str = "label_graph",
         head_options: dict[str, Any] | None = None,
         adjacency: str | Tensor | Sequence[Sequence[float]] = "auto",
-        embeddings: str | os.PathLike | Tensor = "auto",
+        embeddings: str | os.PathLike | Tensor | Sequence[Sequence[float]] = "auto",
         norm: str = "code",
         valence_arousal: bool = True,
         global_pool: str = "max",

@@ -53,7 +53,7 @@ from .base import FERModel, check_choice, pair, resize_position
 from .layers.backbone import channels_first, create_levels, set_checkpointing
 from .layers.stem import Residual
 from .losses import CCC, VARIETIES, CrossEntropy, Term, Variety
-from .registry import build, cfg, default_cfgs, register_model
+from .registry import StateDict, build, cfg, default_cfgs, register_model
 
 JAD_MODES = ("key", "soft", "entry", "none", "attn_dropout", "dropkey", "random")
 SB_TOKENS = ("path", "grid")
@@ -151,6 +151,8 @@ class JADFER(FERModel):
     """
 
     output_fmt = "NLC"
+
+    head_prefixes = ("head.", "cls_head.")
 
     def __init__(
         self,
@@ -401,13 +403,21 @@ def _jad(jad: str, p: float) -> dict[str, Any]:
     return {"drop": jad, "p": p}
 
 
-_STEM = {"crop_pct": 1.0, "first_conv": "network.0.0"}
+def checkpoint_filter_fn(state: StateDict, model: nn.Module) -> StateDict:
+    """A state dict of another grid of tokens, for this model's."""
+    own, there = model.state_dict()["pos_embed"], state.get("pos_embed")
+    if there is not None and there.dim() == 4 and there.shape[:2] == own.shape[:2]:
+        state = {**state, "pos_embed": resize_position(there, (own.shape[2], own.shape[3]))}
+    return state
+
+
+_STEM = {"first_conv": "network.0.0"}
 
 default_cfgs = default_cfgs(  # type: ignore[assignment]
     {
         "jadfer": cfg(input_size=(3, 112, 112), **_STEM),
         "jadfer_s": cfg(input_size=(3, 112, 112), **_STEM),
-        "jadfer_xs": cfg(input_size=(3, 64, 64), **_STEM),
+        "jadfer_xs": cfg(input_size=(3, 48, 48), **_STEM),
         "jadfer_resnet18": cfg(input_size=(3, 224, 224), first_conv="network.conv1"),
     }
 )
@@ -416,28 +426,28 @@ default_cfgs = default_cfgs(  # type: ignore[assignment]
 @register_model
 def jadfer(pretrained: bool = False, **kwargs: Any) -> JADFER:
     """JADFER for faces of 112 px: 14 x 14 tokens of width 384."""
-    return build(JADFER, "jadfer", pretrained, **kwargs)
+    return build(JADFER, "jadfer", pretrained, filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def jadfer_s(pretrained: bool = False, **kwargs: Any) -> JADFER:
     """A smaller JADFER for faces of 112 px: tokens of width 256."""
     small = {"stem": (48, 96, 192), "stem_blocks": (1, 1, 1), "dim": 256}
-    return build(JADFER, "jadfer_s", pretrained, **{**small, **kwargs})
+    return build(JADFER, "jadfer_s", pretrained, filter_fn=checkpoint_filter_fn, **{**small, **kwargs})
 
 
 @register_model
 def jadfer_xs(pretrained: bool = False, **kwargs: Any) -> JADFER:
-    """A small JADFER for faces of 48 and 64 px and training from scratch."""
+    """A small JADFER for faces of 48 px and training from scratch."""
     small = {
         **{"stem": (32, 64, 128), "stem_blocks": (1, 1, 1), "dim": 192, "depth": 3, "num_heads": 6},
-        **{"mlp_ratio": 2.0, "img_size": 64},
+        **{"mlp_ratio": 2.0, "img_size": 48},
     }
-    return build(JADFER, "jadfer_xs", pretrained, **{**small, **kwargs})
+    return build(JADFER, "jadfer_xs", pretrained, filter_fn=checkpoint_filter_fn, **{**small, **kwargs})
 
 
 @register_model
 def jadfer_resnet18(pretrained: bool = False, **kwargs: Any) -> JADFER:
     """JADFER on a resnet18 of timm, 224 px."""
     options = {"backbone": "resnet18", "img_size": 224, **kwargs}
-    return build(JADFER, "jadfer_resnet18", pretrained, **options)
+    return build(JADFER, "jadfer_resnet18", pretrained, filter_fn=checkpoint_filter_fn, **options)

@@ -141,6 +141,8 @@ class LNLAttenNet(FERModel):
 
     region_average: Tensor
 
+    head_prefixes = ("head.", "local_heads.", "global_head.")
+
     def __init__(
         self,
         *,
@@ -377,8 +379,8 @@ def _initialise(module: nn.Module) -> None:
 
 default_cfgs = default_cfgs(  # type: ignore[assignment]
     {
-        "lnlattennet": cfg(input_size=(3, 112, 112), crop_pct=1.0, first_conv="unet.encoder.levels.0.0"),
-        "lnlattennet_xs": cfg(input_size=(3, 64, 64), crop_pct=1.0, first_conv="unet.encoder.levels.0.0"),
+        "lnlattennet": cfg(input_size=(3, 112, 112), first_conv="unet.encoder.levels.0.0"),
+        "lnlattennet_xs": cfg(input_size=(3, 64, 64), first_conv="unet.encoder.levels.0.0"),
     }
 )
 

@@ -1,7 +1,7 @@
 """From pictures to expressions: images, folders and videos through a trained model.
 
     from fer_models import Predictor
-    predictor = Predictor("runs/first")  # a run folder of `fer train`, or the name of shipped weights
+    predictor = Predictor()  # weights that come with the package; or a run folder of `fer train`
     print(predictor("face.jpg")[0].label)
 
 Colours are RGB. OpenCV's arrays are BGR: passed as they are they raise no error, for nothing in them tells;
@@ -27,12 +27,12 @@ from tqdm import tqdm
 
 from .base import check_choice
 from .data.base import crop
-from .data.image import ImageError, decode_image
+from .data.image import ImageError, decode_image, pil_pixels
 from .data.labels import class_names, nearest
 from .data.source import DataError
 from .data.transforms import eval_transform
 from .registry import list_models, shipped_weights
-from .train.checkpoint import load_checkpoint
+from .train.checkpoint import BEST, load_checkpoint
 from .train.distributed import pick_device
 from .train.evaluate import input_side, wants_imagenet, whole_output
 
@@ -40,12 +40,13 @@ DEFAULT = "face2nodes_xs"
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 DETECTORS = ("opencv",)
+SLACK = 1e-3  # by which floats in [0, 1] may exceed it, as resizing's do
 FACES = ("largest", "all")
-_WHOLE, _NO_FACE = "taken as a face crop", "no face found; the whole image was taken"
+_WHOLE, _NO_FACE = "taken as a face crop", "no face found"
 _INSTALL = 'needs OpenCV: pip install "opencv-python-headless>=4.8,<5"'
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FERResult:
     """What the model sees in one face.
 
@@ -72,8 +73,9 @@ class FERResult:
 class Predictor:
     """
     Args:
-        model: a model; a checkpoint or run folder of `fer train`; or the name of a model that is shipped with
-            weights, with or without their tag: "face2nodes_xs", "face2nodes_xs.ferplus".
+        model: a model, which moves to the device and goes into evaluation mode; a checkpoint or run folder of
+            `fer train`; or the name of a model that is shipped with weights, with or without their tag:
+            "face2nodes_xs", "face2nodes_xs.ferplus".
         device: "auto", "cpu", "cuda" or "cuda:N".
         detector: None takes every image as a face crop; "opencv" looks for faces first (frontal ones, with
             the cascade that comes with OpenCV: `pip install "opencv-python-headless<5"`).
@@ -109,10 +111,18 @@ class Predictor:
         self.transform = eval_transform(self.size, imagenet=wants_imagenet(model))
         self.detect = None if detector is None else _opencv_detector()
         self.faces, self.flip, self.batch_size = faces, flip, batch_size
-        count = self._run([torch.zeros(3, self.size, self.size, dtype=torch.uint8)])[0].shape[1]
-        self.classes = tuple(classes or about.get("classes") or class_names(count))
-        if len(self.classes) != count:
-            raise ValueError(f"Predictor: the model has {count} classes, got {len(self.classes)} names")
+        if self.size < 1:
+            raise ValueError(f"Predictor: size must be at least 1, got {size}")
+        if getattr(model, "num_classes", None) == 0:
+            raise ValueError("Predictor: the model has no classifier (num_classes = 0)")
+        blank = self.transform(torch.zeros(3, self.size, self.size, dtype=torch.uint8))
+        count = self._run([blank])[0].shape[1]
+        known = classes or about.get("classes") or getattr(getattr(model, "head", None), "labels", None)
+        self.classes = tuple(known or class_names(count))
+        if len(self.classes) != count or len(set(self.classes)) != count:
+            raise ValueError(
+                f"Predictor: the model has {count} classes, got the names {', '.join(self.classes)}"
+            )
 
     def __call__(self, images: Any) -> list[FERResult]:
         """
@@ -123,20 +133,28 @@ class Predictor:
 
         Returns:
             A result a face, in the order of the images; with `faces="all"` an image may have several.
-            An image that cannot be used is an error that says which.
+            An image that cannot be used, or has no face where a detector looks for one, is an error that
+            says which.
         """
-        pixels = []
-        for position, image in enumerate(_listed(images)):
-            try:
-                pixels.append(to_pixels(image))
-            except (DataError, ValueError, TypeError) as error:
-                raise type(error)(f"Predictor: image {position}: {error}") from None
-        return list(self._results(enumerate(pixels)))
+
+        def usable() -> Iterator[tuple[int, Tensor]]:
+            for position, image in enumerate(_listed(images)):
+                try:
+                    yield position, to_pixels(image)
+                except (DataError, ValueError, TypeError) as error:
+                    raise type(error)(f"Predictor: image {position}: {error}") from None
+
+        faceless: list[int] = []
+        results = list(self._results(usable(), faceless))
+        if faceless:
+            raise ImageError(f"Predictor: image {faceless[0]}: {_NO_FACE}; detector=None takes it as it is")
+        return results
 
     def rows(self, path: str | os.PathLike, *, every: int = 1, progress: bool = True) -> list[dict[str, Any]]:
         """A row a face of an image, of a folder's images (and its folders'), or of a video's frames.
 
-        An image that cannot be used has a row of its own, with the reason under "error".
+        An image that cannot be used, or has no face where a detector looks for one, has a row of its own,
+        with the reason under "error".
 
         Args:
             every: of a video, take each frame of this number.
@@ -160,14 +178,20 @@ class Predictor:
                     failed[len(names) - 1] = str(image)
 
         found: dict[int, list[FERResult]] = {}
-        for result in self._results(usable()):
+        faceless: list[int] = []
+        for result in self._results(usable(), faceless):
             found.setdefault(result.image, []).append(result)
+        failed |= dict.fromkeys(faceless, _NO_FACE)
         rows = []
         for position, name in enumerate(names):
             if position in failed:
-                rows.append({**name, **self._columns(None), "error": failed[position]})
+                rows.append(self.no_result(name, failed[position]))
             rows += [{**name, **self._columns(result), "error": ""} for result in found.get(position, [])]
         return rows
+
+    def no_result(self, name: dict[str, Any], error: str) -> dict[str, Any]:
+        """The row of what cannot be used."""
+        return {**name, **self._columns(None), "error": error}
 
     def table(self, path: str | os.PathLike, *, every: int = 1, progress: bool = True) -> Any:
         """`rows` as a pandas table."""
@@ -188,13 +212,17 @@ class Predictor:
             "note": result.note if result else "",
         }
 
-    def _results(self, images: Iterable[tuple[int, Tensor]]) -> Iterator[FERResult]:
-        """Faces are gathered to batches over images, so that a face a frame is no batch of one."""
+    def _results(self, images: Iterable[tuple[int, Tensor]], faceless: list[int]) -> Iterator[FERResult]:
+        """Faces are gathered to batches over images, so that a face a frame is no batch of one. `faceless`
+        takes the positions of images without one."""
         waiting: list[tuple[Tensor, FERResult]] = []
         for position, image in images:
-            for box, note in self._boxes(image):
+            boxes = self._boxes(image)
+            if not boxes:
+                faceless.append(position)
+            for box, note in boxes:
                 blank = FERResult("", {}, None, None, np.empty(0, np.float32), box, position, note)
-                waiting.append((crop(image, box), blank))
+                waiting.append((self.transform(crop(image, box)), blank))
                 if len(waiting) == self.batch_size:
                     yield from self._batch(waiting)
                     waiting = []
@@ -206,13 +234,13 @@ class Predictor:
             return [(None, _WHOLE)]
         boxes = self.detect(image)
         if not boxes:
-            return [(None, _NO_FACE)]
+            return []
         if self.faces == "all":
             return [(box, f"face {i + 1} of {len(boxes)}") for i, box in enumerate(boxes)]
         return [(boxes[0], "the face" if len(boxes) == 1 else f"the largest of {len(boxes)} faces")]
 
     def _batch(self, waiting: list[tuple[Tensor, FERResult]]) -> Iterator[FERResult]:
-        probabilities, affect, embedding = self._run([pixels for pixels, _ in waiting])
+        probabilities, affect, embedding = self._run([inputs for inputs, _ in waiting])
         for row, (_, blank) in enumerate(waiting):
             shares = probabilities[row].tolist()
             yield replace(
@@ -225,9 +253,9 @@ class Predictor:
             )
 
     @torch.inference_mode()
-    def _run(self, pixels: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Probabilities, valence and arousal, and embeddings of uint8 images."""
-        batch = torch.stack([self.transform(image) for image in pixels]).to(self.device)
+    def _run(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Probabilities, valence and arousal, and embeddings of transformed images."""
+        batch = torch.stack(inputs).to(self.device, next(self.model.parameters()).dtype)
         outputs = [
             whole_output(self.model, view) for view in ([batch, batch.flip(3)] if self.flip else [batch])
         ]
@@ -245,10 +273,10 @@ class Predictor:
 
 def weights_file(which: str | os.PathLike) -> Path:
     """The checkpoint of a path, of a run folder, or of the name of a model shipped with weights."""
-    path = Path(which)
-    if path.is_dir():
-        return path / "best.safetensors"
-    name, _, tag = os.fspath(which).partition(".")
+    path, text = Path(which), os.fspath(which)
+    if (path / BEST).is_file():
+        return path / BEST
+    name, _, tag = text.partition(".")
     if name in list_models() and (not tag or not path.exists()):
         tags = shipped_weights(name)
         if not tags:
@@ -264,8 +292,19 @@ def weights_file(which: str | os.PathLike) -> Path:
                 + nearest(tag, list(tags))
             )
         return tags[tag or next(iter(tags))]
-    if not path.suffix and os.sep not in os.fspath(which) and not path.exists():
-        raise ValueError(f"neither a file nor a model: {os.fspath(which)!r}" + nearest(name, list_models()))
+    if path.is_dir():
+        runs = sorted(run.parent.name for run in path.glob(f"*/{BEST}"))
+        held = f"; it holds the runs {', '.join(runs[:5])}" if runs else ""
+        raise ValueError(f"{path} is no run folder: it has no {BEST}{held}")
+    if not path.exists() and path.suffix != ".safetensors" and os.sep not in text:
+        shipped = [
+            f"{model}.{tag}" for model in list_models(pretrained=True) for tag in shipped_weights(model)
+        ]
+        raise ValueError(
+            f"neither a file nor a model: {text!r}"
+            + nearest(name, list_models())
+            + (f"; weights are shipped of {', '.join(shipped)}" if shipped else "")
+        )
     return path
 
 
@@ -273,6 +312,8 @@ def to_pixels(image: Any) -> Tensor:
     """Any of the images `Predictor` takes, as uint8 (3, H, W)."""
     if isinstance(image, (str, os.PathLike)):
         path = Path(image)
+        if path.is_dir():
+            raise ImageError(f"{path} is a folder; Predictor.rows takes folders")
         if not path.is_file():
             raise ImageError(f"{path}: no such file")
         try:
@@ -280,7 +321,10 @@ def to_pixels(image: Any) -> Tensor:
         except (ImageError, OSError) as error:
             raise ImageError(f"{path}: {error}") from None
     if isinstance(image, Image.Image):
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+        try:
+            return pil_pixels(image)
+        except OSError as error:
+            raise ImageError(f"damaged image ({error})") from None
     if isinstance(image, np.ndarray):
         if image.ndim == 2:
             image = np.repeat(image[:, :, None], 3, axis=2)
@@ -293,22 +337,33 @@ def to_pixels(image: Any) -> Tensor:
         raise ValueError(f"a tensor must be (3, H, W), got {tuple(image.shape)}")
     if 0 in image.shape:
         raise ValueError(f"an image without pixels: {tuple(image.shape)}")
-    image = image.detach().cpu().expand(3, -1, -1)
-    if image.dtype == torch.uint8:
-        return image.contiguous()
-    if not image.is_floating_point():
-        raise TypeError(f"pixels must be uint8 or floating point, got {image.dtype}")
-    low, high = float(image.min()), float(image.max())
-    if not (low >= 0 and high <= 255):  # NaN fails both
-        raise ValueError(f"floats must lie in [0, 1] or in [0, 255], got {low:.4g} to {high:.4g}")
-    return (image.float() * (255 if high <= 1 else 1)).round().to(torch.uint8).contiguous()
+    return _as_bytes(image.detach().cpu().expand(3, -1, -1)).contiguous()
+
+
+def _as_bytes(pixels: Tensor) -> Tensor:
+    """uint8, where floats are either in [0, 1], but for a rounding, or in [0, 255]."""
+    if pixels.dtype == torch.uint8:
+        return pixels
+    if not pixels.is_floating_point():
+        raise TypeError(f"pixels must be uint8 or floating point, got {pixels.dtype}")
+    low, high = float(pixels.min()), float(pixels.max())
+    known = "floats must lie in [0, 1] or in [0, 255]"
+    if not (low >= -SLACK and high <= 255):  # NaN fails both
+        raise ValueError(f"{known}, got {low:.4g} to {high:.4g}")
+    if 1 + SLACK < high < 2:
+        raise ValueError(f"{known}, and {low:.4g} to {high:.4g} could be either; clamp them or pass uint8")
+    scale = 1 if high >= 2 else 255
+    return (pixels.float() * scale).round().clamp(0, 255).to(torch.uint8)
 
 
 def _listed(images: Any) -> list[Any]:
     if isinstance(images, (list, tuple)):
         return list(images)
     if isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
-        return list(images)
+        batch = torch.from_numpy(images) if isinstance(images, np.ndarray) else images.detach().cpu()
+        if batch.is_floating_point() and batch.numel():  # one scale for all of them
+            batch = _as_bytes(batch)
+        return list(batch.numpy() if isinstance(images, np.ndarray) else batch)
     return [images]
 
 

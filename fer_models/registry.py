@@ -13,7 +13,6 @@ from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 _logger = logging.getLogger(__name__)
@@ -90,8 +89,8 @@ def cfg(**changes: Any) -> dict[str, Any]:
         "input_size": (3, 224, 224),
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
+        "crop_pct": 1.0,  # faces are cropped already
+        "interpolation": "bilinear",
         "classifier": "head.fc",
         "license": "apache-2.0",
         **changes,
@@ -104,8 +103,15 @@ def default_cfgs(cfgs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for name, values in cfgs.items():
         tagged[name] = values
         for tag, path in shipped_weights(name).items():
-            tagged[f"{name}.{tag}"] = {**values, "file": str(path)}
+            tagged[f"{name}.{tag}"] = {**values, **_made_for(path), "file": str(path)}
     return tagged
+
+
+def _made_for(path: Path) -> dict[str, Any]:
+    from .train.checkpoint import read_about
+
+    side = read_about(path).get("size")
+    return {"input_size": (3, side, side)} if side else {}
 
 
 def build(
@@ -169,15 +175,25 @@ def create_model(name: str, pretrained: bool | str | os.PathLike = False, **kwar
             f"use timm.create_model({name!r}, pretrained=True, features_only=True) with shipped weights"
         )
     other_head = any(option in kwargs for option in HEAD_OPTIONS)
-    if path.suffix == ".safetensors" and path.is_file():  # one of `fer train` says what it was made with
-        from .train.checkpoint import read_about
-
-        about = read_about(path)
-        if about.get("model") == name:
-            kwargs = {**about.get("options", {}), **kwargs}
-    model = _make(name, kwargs)
+    model = _make(name, with_options_of(name, path, kwargs))
     load_weights(model, path, other_head=other_head)
     return model
+
+
+def with_options_of(name: str, pretrained: str | os.PathLike, options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, and below them what a checkpoint of `fer train` says that its model was made with."""
+    from .train.checkpoint import made_with, read_about
+
+    path = _weights_path(name, pretrained)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return options
+    about = read_about(path)
+    if about.get("model") != name:
+        return options
+    there = made_with(about)
+    if options.get("num_classes") not in (None, there.get("num_classes")):
+        there.pop("head_options", None)  # a graph of other labels
+    return {**there, **options}
 
 
 def _make(name: str, options: dict[str, Any]) -> Any:
@@ -205,13 +221,12 @@ def load_weights(model: nn.Module, path: str | os.PathLike, *, other_head: bool 
     first_conv = getattr(model, "default_cfg", {}).get("first_conv")
     weight = f"{first_conv}.weight"
     if first_conv and weight in state and state[weight].shape[1] != own[weight].shape[1]:
-        from timm.models._manipulate import adapt_input_conv
-
-        state[weight] = adapt_input_conv(own[weight].shape[1], state[weight], state[weight].shape[1])
-    if other_head and not _fits(own, state, "head."):
+        state[weight] = _for_channels(state[weight], own[weight].shape[1])
+    head = getattr(model, "head_prefixes", ("head.",))
+    if other_head and not _fits(own, state, head):
         _logger.warning("%s: the head of %s is another one; the model keeps its new head", _name(model), path)
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-        state |= {name: tensor for name, tensor in own.items() if name.startswith("head.")}
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(head)}
+        state |= {name: tensor for name, tensor in own.items() if name.startswith(head)}
     problems = _mismatch(own, state)
     if problems:
         raise ValueError(f"{_name(model)}: {path} is not a state dict of this model: {problems}")
@@ -229,7 +244,12 @@ def read_state_dict(path: str | os.PathLike) -> StateDict:
         from safetensors.torch import load_file
 
         return load_file(path)
-    state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    from .train.checkpoint import CheckpointError, load_state
+
+    try:
+        state: Any = load_state(path)
+    except CheckpointError as error:
+        raise ValueError(f"read_state_dict: {error}") from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -252,7 +272,8 @@ def _weights_path(name: str, pretrained: bool | str | os.PathLike) -> Path:
     if pretrained in tags:
         return tags[str(pretrained)]
     wanted = "no weights are" if pretrained is True else f"no weights with the tag {pretrained!r} are"
-    known = f"known tags: {', '.join(tags)}" if tags else "it has none yet"
+    having = ", ".join(list_models(pretrained=True)) or "no model"
+    known = f"known tags: {', '.join(tags)}" if tags else f"there are some of {having}"
     raise ValueError(
         f"create_model: {wanted} shipped for {name} ({known}); "
         "pass the path of a state dict, or pretrained=False"
@@ -263,7 +284,15 @@ def _name(model: nn.Module) -> str:
     return getattr(model, "name", type(model).__name__)
 
 
-def _fits(own: StateDict, state: StateDict, prefix: str) -> bool:
+def _for_channels(weight: Tensor, channels: int) -> Tensor:
+    """A first convolution for images of other channels: summed for gray, else repeated at equal strength."""
+    had = weight.shape[1]
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight.repeat(1, -(-channels // had), 1, 1)[:, :channels] * (had / channels)
+
+
+def _fits(own: StateDict, state: StateDict, prefix: tuple[str, ...]) -> bool:
     shapes = [{n: t.shape for n, t in tensors.items() if n.startswith(prefix)} for tensors in (own, state)]
     return shapes[0] == shapes[1]
 

@@ -438,7 +438,8 @@ _SIZES: dict[str, tuple[_Widths, _Widths]] = {  # channels and blocks of every s
 
 
 def _cfg(**changes: Any) -> dict[str, Any]:
-    return cfg(num_classes=1000, first_conv="stem.convs.0", **changes)
+    published = {"crop_pct": 0.9, "interpolation": "bicubic"}
+    return cfg(num_classes=1000, first_conv="stem.convs.0", **{**published, **changes})
 
 
 default_cfgs = registry.default_cfgs(

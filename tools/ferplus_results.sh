@@ -5,13 +5,13 @@
 #
 # Run again, it goes on where it was stopped. OUT keeps the runs.
 set -euo pipefail
+data=$(realpath "${1:?folder or zip file of FERPlus}") out=$(realpath -m "${2:?folder for the runs}") epochs=${3:-12}
 cd "$(dirname "$0")/.."
-data=${1:?folder or zip file of FERPlus} out=${2:?folder for the runs} epochs=${3:-12}
 seeds=("${@:4}")
 [ ${#seeds[@]} -gt 0 ] || seeds=(0)
 
 train() { # name, then options of fer train
-  fer train ferplus_face2nodes_xs --root "$data" --epochs "$epochs" --out "$out/$1" --seeds "${seeds[@]}" \
+  python -m fer_models.cli train ferplus_face2nodes_xs --root "$data" --epochs "$epochs" --out "$out/$1" --seeds "${seeds[@]}" \
     --resume auto "${@:2}"
 }
 
@@ -21,4 +21,5 @@ train lnlattennet_xs --model lnlattennet_xs --size 48 --lr 1e-3
 train emotion_gcn_resnet18 --model emotion_gcn_resnet18 --size 48 --lr 1e-3
 train vig --model vig_ti --model-options "dims=[128]" "depths=[12]" num_features=512 stride=8 --size 48 --lr 1e-3
 train resnet18 --model timm/resnet18 --size 48 --lr 1e-3
-python tools/results.py "$out" > docs/results.md
+python tools/results.py "$out" > "$out/results.md"
+mv "$out/results.md" docs/results.md

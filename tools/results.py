@@ -6,15 +6,16 @@ import sys
 from pathlib import Path
 
 import yaml
-from safetensors import safe_open
 
+from fer_models.train.checkpoint import BEST, load_checkpoint
 from fer_models.train.config import TrainConfig
 
 COLUMNS = ("accuracy", "mean_class_accuracy", "macro_f1")
 HEAD = """# Results
 
 From scratch on FERPlus' training split (FER2013Train, probability protocol, votes as targets), validated on
-FER2013Valid (majority protocol), no test-time averaging; the best epoch of each run. All with the recipe
+FER2013Valid (majority protocol), no test-time averaging; the best epoch of each run, under autocast to
+bfloat16 as it was trained. All with the recipe
 [ferplus_face2nodes_xs](../fer_models/recipes/ferplus_face2nodes_xs.yaml) and the options listed below.
 Everything on this page is written by `tools/ferplus_results.sh DATA OUT EPOCHS SEEDS`.
 
@@ -23,13 +24,7 @@ Everything on this page is written by `tools/ferplus_results.sh DATA OUT EPOCHS 
 
 
 def parameters(file: Path) -> int:
-    """Of the weights; not the running statistics of norms, nor other buffers."""
-    with safe_open(str(file), "pt") as tensors:
-        names = [name for name in tensors.keys() if not name.endswith(BUFFERS)]  # noqa: SIM118
-        return sum(tensors.get_tensor(name).numel() for name in names)
-
-
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "relative_pos", "adjacency", "vectors")
+    return sum(parameter.numel() for parameter in load_checkpoint(file)[0].parameters())
 
 
 RECIPE = "ferplus_face2nodes_xs"
@@ -41,6 +36,9 @@ def command(run: Path) -> str:
     words = [f"fer train {RECIPE} --root DATA"]
     for name, value in vars(config).items():
         if name in ("root", "seed") or value == getattr(recipe, name):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
             continue
         if isinstance(value, dict):
             value = " ".join(f'"{key}={json.dumps(item)}"' for key, item in value.items())
@@ -61,7 +59,7 @@ def main(out: Path) -> None:
             values = [100 * metrics[name] for metrics in found]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.fmean(values):.2f}{spread}")
-        count = parameters(runs[0] / "best.safetensors")
+        count = parameters(runs[0] / BEST)
         first = [folder.name, f"{count / 1e6:.2f} M", str(config["epochs"]), str(len(runs))]
         commands.append(f"- {folder.name}: `{command(runs[0])}`")
         rows.append((statistics.fmean(metrics["accuracy"] for metrics in found), [*first, *cells]))

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import yaml
 
-from fer_models.registry import WEIGHTS
-from fer_models.train.checkpoint import load_checkpoint, save_checkpoint
+from fer_models.train.checkpoint import BEST, load_checkpoint, save_checkpoint
 
-CARDS = Path(__file__).parents[1] / "docs" / "weights"
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS, CARDS = ROOT / "fer_models" / "weights", ROOT / "docs" / "weights"
 
 CARD = """# {model}, `{tag}`
 
@@ -83,8 +83,10 @@ def main() -> None:
     parser.add_argument("tag")
     parser.add_argument("--root", required=True, help="FERPlus")
     options = parser.parse_args()
+    if not options.tag.isidentifier():
+        parser.error(f"the tag must be a word, got {options.tag!r}")
 
-    model, about = load_checkpoint(options.run / "best.safetensors")
+    model, about = load_checkpoint(options.run / BEST)
     name = about["model"]
     file = WEIGHTS / f"{name}.{options.tag}.safetensors"
     WEIGHTS.mkdir(exist_ok=True)
@@ -94,7 +96,11 @@ def main() -> None:
     report = options.run / "shipped.json"
     command = ["eval", str(file), "--data", "ferplus", "--root", options.root]
     command += ["--data-options", "protocol=majority", "--json", str(report)]
-    subprocess.run([sys.executable, "-m", "fer_models.cli", *command], check=True)
+    try:
+        subprocess.run([sys.executable, "-m", "fer_models.cli", *command], check=True)
+    except subprocess.CalledProcessError:
+        file.unlink()  # no weights without a card
+        raise
     result = next(iter(json.loads(report.read_text()).values()))
 
     recipe = yaml.safe_load((options.run / "config.yaml").read_text())

@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from .source import DataError, one_line
@@ -36,8 +36,7 @@ def decode_image(data: bytes) -> Tensor:
             width, height = image.size
             if max(width, height) > MAX_SIDE:
                 raise ImageError(f"{width} x {height} pixels, more than {MAX_SIDE} on a side")
-            image.load()
-            return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1).contiguous()
+            return pil_pixels(image)
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
@@ -48,8 +47,16 @@ def decode_image(data: bytes) -> Tensor:
         raise ImageError(f"damaged image of {len(data)} bytes ({one_line(error)})") from None
 
 
+def pil_pixels(image: Image.Image) -> Tensor:
+    """A PIL image as `decode_image` gives one."""
+    if 0 in image.size:
+        raise ImageError(f"an image without pixels: {image.size}")
+    image.load()
+    return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1).contiguous()
+
+
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    if "exif" in image.info:
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         pass

@@ -27,6 +27,7 @@ OF_DATA = ("spearman", "conditional")  # what needs a data set's labels
 ADJACENCIES = ("auto", "published", *OF_DATA, "identity", "full")
 NORMS = ("code", "sym", "row")
 CONTINUOUS = ("valence", "arousal")
+EMBEDDINGS = ("auto", "table", "learned")  # or a file's
 TABLE = Path(__file__).parent / "label_vectors.json"
 VECTOR_NORM = 6.0  # about that of GloVe's 300-d vectors of these words: W₁'s published range expects it
 
@@ -277,7 +278,7 @@ class LabelGraphHead(nn.Module):
             classes, and for other numbers none.
         adjacency: a kind of `build_adjacency`, or A itself, (n, n) numbers.
         embeddings: vectors of the labels: "table" (in the package), "learned", the path of a GloVe text file,
-            or a tensor (n, E); "auto" is the table where it has all labels, else learned ones.
+            or the vectors, (n, E) numbers; "auto" is the table where it has all labels, else learned ones.
         va_nodes: keep valence and arousal in the graph where they are no output: in the published graph all
             links lead to them.
         hidden: width between the two graph convolutions.
@@ -298,7 +299,7 @@ class LabelGraphHead(nn.Module):
         *,
         labels: Sequence[str] | None = None,
         adjacency: str | Tensor | Sequence[Sequence[float]] = "auto",
-        embeddings: str | os.PathLike | Tensor = "auto",
+        embeddings: str | os.PathLike | Tensor | Sequence[Sequence[float]] = "auto",
         va_nodes: bool = True,
         hidden: int = 512,
         embedding_dim: int = 300,
@@ -356,10 +357,14 @@ class LabelGraphHead(nn.Module):
         self.gc2 = GraphConvolution(hidden, num_features)
         self._cache: tuple[list[tuple[Tensor, Tensor, int]], Tensor] | None = None
 
-    def _vectors(self, embeddings: str | os.PathLike | Tensor, nodes: int, width: int) -> Tensor:
+    def _vectors(
+        self, embeddings: str | os.PathLike | Tensor | Sequence[Sequence[float]], nodes: int, width: int
+    ) -> Tensor:
         words = None if self.labels is None else self.labels + CONTINUOUS * self.va_nodes
         if isinstance(embeddings, str) and embeddings == "auto":
             embeddings = "table" if words is not None and set(words) <= set(_table()) else "learned"
+        if not isinstance(embeddings, (Tensor, str, os.PathLike)):
+            embeddings = torch.tensor(embeddings, dtype=torch.float64)
         if isinstance(embeddings, Tensor):
             if embeddings.dim() != 2 or embeddings.shape[0] != nodes:
                 raise ValueError(

@@ -19,6 +19,9 @@ from safetensors.torch import save
 from torch import nn
 
 METADATA_KEY = "fer_models"
+BEST = "best.safetensors"  # of a run folder
+# Options that name weights to start a part from: a checkpoint holds that part's own
+OF_THE_START = ("backbone_weights", "encoder_weights")
 
 
 class CheckpointError(RuntimeError):
@@ -76,6 +79,11 @@ def read_about(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: its metadata is damaged") from None
 
 
+def made_with(about: dict[str, Any]) -> dict[str, Any]:
+    """The options to make the model with that a checkpoint is of."""
+    return {name: value for name, value in about.get("options", {}).items() if name not in OF_THE_START}
+
+
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """The model that a file of `save_checkpoint` holds, in evaluation mode, and what is known about it."""
     from ..registry import create_model
@@ -85,7 +93,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         raise CheckpointError(
             f"{path} does not say which model it is of; use create_model(NAME, pretrained={str(path)!r})"
         )
-    model = create_any(create_model, about["model"], about.get("options", {}))
+    model = create_any(create_model, about["model"], made_with(about))
     with _opened(path) as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
     own = model.state_dict()
@@ -120,12 +128,12 @@ def load_state(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint {path}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise CheckpointError(
-            f"{path} is damaged or holds more than tensors and numbers, and is not loaded: "
-            f"{str(error).splitlines()[0][:100]}"
+            f"{path} is damaged or holds more than tensors and numbers, and is not loaded: {why}"
         ) from None
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} is not a checkpoint of fer_models")
+        raise CheckpointError(f"{path} is not a checkpoint, nor a state dict")
     return state
 
 

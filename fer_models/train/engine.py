@@ -24,12 +24,20 @@ from tqdm import tqdm
 
 from ..data import DATASETS, create_dataset, eval_transform, train_transform
 from ..data.sampling import class_weights
-from ..layers.label_graph import OF_DATA
+from ..layers.label_graph import EMBEDDINGS, OF_DATA
 from ..losses import Criterion, CrossEntropy, Targets, Term, label_distribution
 from ..metrics import Predictions
-from ..registry import create_model
+from ..registry import create_model, with_options_of
 from . import pictures
-from .checkpoint import CheckpointError, create_any, load_checkpoint, load_state, save_checkpoint, save_state
+from .checkpoint import (
+    BEST,
+    CheckpointError,
+    create_any,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+    save_state,
+)
 from .config import AUGMENT, ConfigError, Interrupted, TrainConfig, TrainingStopped
 from .distributed import World, gathered, joined, wait
 from .evaluate import evaluate, input_side, unwrapped, wants_imagenet, whole_output
@@ -37,7 +45,7 @@ from .loading import Steps, mix, mixed_seed, training_loader, workers_for
 
 # Host and device, and the processes, meet this often: reading a loss waits for the device
 CHECK_STEPS = 10
-STATE, LAST, BEST = "last.pt", "last.safetensors", "best.safetensors"
+STATE, LAST = "last.pt", "last.safetensors"
 FORMAT = 1  # of STATE
 
 
@@ -123,29 +131,33 @@ class Trainer:
 
     def _make_model(self) -> nn.Module:
         config = self.config
-        options = dict(config.model_options)
+        if config.pretrained and config.model.startswith("timm/"):
+            raise ConfigError("pretrained is for models of this package; timm/NAME starts from scratch")
+        options = self.model_options
         if config.pretrained:
-            if config.model.startswith("timm/"):
-                raise ConfigError("pretrained is for models of this package; timm/NAME starts from scratch")
             options["pretrained"] = config.pretrained
-        options = self.model_options | options
         head = dict(options.get("head_options") or {})
         if head.get("adjacency", options.get("adjacency")) in OF_DATA:
             head["targets"] = self._train_targets()
             options["head_options"] = head
         model: Any = create_any(create_model, config.model, options)
+        # The graph and the vectors themselves, so that loading the checkpoint takes no other file
         if "targets" in head:
-            # The graph itself, so that loading the checkpoint takes no data
             del head["targets"]
-            self._found_options = {"head_options": {**head, "adjacency": model.head.adjacency.tolist()}}
+            head["adjacency"] = model.head.adjacency.tolist()
+        vectors = head.get("embeddings", options.get("embeddings"))
+        if isinstance(vectors, str) and vectors not in EMBEDDINGS:
+            head["embeddings"] = model.head.vectors.tolist()
+        if head:
+            self._found_options = {"head_options": head}
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         return model.to(self.device)
 
     @property
     def model_options(self) -> dict[str, Any]:
-        """What the model is made with: as many classes as the data has, for images of this size, and what
-        was found in the data.
+        """What the model is made with: as many classes as the data has, for images of this size, what the
+        weights were made with that it starts from, and what was found in the data.
 
         timm's own models are not told the size: some take it, some know no such option.
         """
@@ -154,7 +166,10 @@ class Trainer:
         }
         if self.config.size and not self.config.model.startswith("timm/"):
             options["img_size"] = self.config.size
-        return options | self.config.model_options | self._found_options
+        options |= self.config.model_options
+        if self.config.pretrained:
+            options = with_options_of(self.config.model, self.config.pretrained, options)
+        return options | self._found_options
 
     def _train_targets(self) -> Targets:
         """What is known of all images that are trained on, but the images."""

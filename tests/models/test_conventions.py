@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.models._manipulate import adapt_input_conv
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import fer_models
@@ -334,8 +335,34 @@ def test_errors_of_create_model(tmp_path):
     assert other.head.fc.weight.shape[0] == 3
     path = tmp_path / "pickled.pt"
     torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="holds no state dict"):
+    with pytest.raises(ValueError, match="nor a state dict"):
         create_model("vig_ti", pretrained=path, depths=(1,))
+    path.write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"read_state_dict: .*pickled.pt is damaged"):
+        create_model("vig_ti", pretrained=path, depths=(1,))
+
+
+@pytest.mark.parametrize("name", ["face2nodes_nano", "lnlattennet_xs", "jadfer_xs"])
+def test_weights_for_other_classes_channels_and_sizes(name, tmp_path):
+    options = {"cls_weight": 0.5} if name.startswith("jadfer") else {}
+    model, path = small(name, **options), tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(model.state_dict(), path)
+    other = small(name, seed=8, pretrained=path, num_classes=3, in_chans=1, **options).eval()
+    larger = small(name, seed=8, pretrained=path, img_size=96, **options).eval()
+    with torch.no_grad():
+        assert other(images(name)[:, :1]).shape == (2, 3) and larger(images(name, size=96)).shape[0] == 2
+    own, there = model.state_dict(), other.state_dict()
+    first = model.default_cfg["first_conv"] + ".weight"
+    assert torch.equal(there[first], adapt_input_conv(1, own[first]))
+    kept = [key for key in own if not key.startswith(model.head_prefixes) and key != first]
+    assert len(kept) > 20 and all(torch.equal(own[key], there[key]) for key in kept)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_first_convolutions_are_adapted_as_timm_does(channels):
+    weight = torch.randn(4, 3, 3, 3)
+    expected = adapt_input_conv(channels, weight.clone())
+    torch.testing.assert_close(fer_models.registry._for_channels(weight, channels), expected)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,49 @@ def test_every_form_gives_the_same(predictor, faces, tmp_path):
     assert {result.label for result in stacked} == {results[0].label} and len(stacked) == 4
 
 
+def test_one_scale_for_a_batch_of_floats(predictor, faces):
+    """A dark image among brighter ones is not stretched, and overshoot by resizing is clamped."""
+    batch = torch.stack([torch.zeros(3, 64, 64), torch.full((3, 64, 64), 200.0)])
+    batch[0, :, 0, 0] = 1
+    dark, bright = predictor(batch)
+    alone = predictor(batch.to(torch.uint8))
+    assert [dark.probabilities, bright.probabilities] == [result.probabilities for result in alone]
+    above = faces[1].float() / 255
+    above[0, 0, 0] = 1.0004
+    assert predictor(above)[0].probabilities == predictor(above.clamp(max=1))[0].probabilities
+
+
+@pytest.mark.parametrize("kind", ["16 bits", "transparent", "rotated"])
+def test_a_pil_image_is_its_file(kind, faces, tmp_path):
+    path = tmp_path / "face.png"
+    if kind == "16 bits":
+        Image.fromarray(faces[0][0].numpy().astype(np.uint16) * 256).save(path)
+    elif kind == "transparent":
+        alpha = np.full((*array(faces[0]).shape[:2], 1), 100, np.uint8)
+        Image.fromarray(np.concatenate([array(faces[0]), alpha], 2)).save(path)
+    else:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(array(faces[0])).save(path, exif=exif)
+    assert torch.equal(to_pixels(Image.open(path)), to_pixels(path))
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(DataError, match="damaged image"):
+        to_pixels(Image.open(cut))
+
+
+def test_models_that_cannot_predict_and_others_that_can(faces):
+    with pytest.raises(ValueError, match="no classifier"):
+        Predictor(fer_models.create_model("face2nodes_nano", num_classes=0), "cpu")
+    small = {"num_classes": 3, "depths": (1,)}
+    with pytest.raises(ValueError, match="3 classes, got the names a, a, b"):
+        Predictor(fer_models.create_model("face2nodes_nano", **small), "cpu", classes="aab")
+    labels = {"head": "label_graph", "head_options": {"labels": ["fear", "anger", "bored"]}}
+    model = fer_models.create_model("face2nodes_nano", **small, **labels)
+    assert Predictor(model, "cpu").classes == ("fear", "anger", "bored")
+    assert Predictor(model.bfloat16(), "cpu")(faces[0])[0].embedding.dtype == np.float32
+
+
 def test_a_batch_is_its_images(predictor, faces):
     batch = predictor(faces)
     for face, together in zip(faces, batch, strict=True):
@@ -106,6 +149,9 @@ def test_flip_is_the_mean_of_both(model, faces):
         (np.zeros((8, 8, 3), np.int64), "pixels must be uint8 or floating point, got torch.int64"),
         (torch.zeros(8, 8, 3, dtype=torch.uint8), r"a tensor must be \(3, H, W\)"),
         (torch.zeros(3, 0, 8), "without pixels"),
+        (np.full((8, 8, 3), 1.5), r"1.5 to 1.5 could be either; clamp them or pass uint8"),
+        (Image.new("RGB", (0, 0)), "without pixels"),
+        (".", "is a folder; Predictor.rows takes folders"),
         (7, "expected a path, a PIL image, an array or a tensor, got int"),
         ("missing.png", "missing.png: no such file"),
     ],
@@ -154,7 +200,7 @@ def test_more_images_than_a_batch(model, faces, tmp_path):
         ({"detector": "mtcnn"}, "unknown detector 'mtcnn': expected one of None, 'opencv'"),
         ({"faces": "first"}, "unknown faces 'first'"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"classes": ["a"]}, "the model has 8 classes, got 1 names"),
+        ({"classes": ["a"]}, "the model has 8 classes, got the names a"),
     ],
 )
 def test_options(model, options, message):
@@ -175,17 +221,30 @@ def test_checkpoints_and_names(model, tmp_path):
         assert loaded.size == 48 and loaded.classes == tuple("abcdefgh")
     with pytest.raises(ValueError, match="neither a file nor a model: 'face2nodes_xz'; did you mean"):
         weights_file("face2nodes_xz")
+    with pytest.raises(ValueError, match=r"neither a file nor a model: 'face2node_xs\.ferplus'"):
+        weights_file("face2node_xs.ferplus")
+    with pytest.raises(
+        ValueError, match=f"no run folder: it has no best.safetensors; it holds the runs {tmp_path.name}"
+    ):
+        weights_file(tmp_path.parent)
     with pytest.raises(ValueError, match="no weights of vig_b come with this installation"):
         weights_file("vig_b")
 
 
-def test_detector(model, faces):
+def test_detector(model, faces, tmp_path):
     cv2 = pytest.importorskip("cv2")
     if not hasattr(cv2, "CascadeClassifier"):
         pytest.skip("this OpenCV has no cascades")
     look = Predictor(model, "cpu", detector="opencv")
-    (nothing,) = look(np.zeros((80, 80, 3), np.uint8))
-    assert nothing.box is None and nothing.note == "no face found; the whole image was taken"
+    assert look.detect(torch.zeros(3, 80, 80, dtype=torch.uint8)) == []
+    with pytest.raises(DataError, match="image 1: no face found; detector=None takes it as it is"):
+        faceless = np.zeros((80, 80, 3), np.uint8)
+        look.detect = lambda image: [] if image.max() == 0 else [(0, 0, 8, 8)]
+        look([faces[0], faceless])
+    Image.fromarray(faceless).save(tmp_path / "a.png")
+    Image.fromarray(array(faces[0])).save(tmp_path / "b.png")
+    rows = look.rows(tmp_path, progress=False)
+    assert [row["error"] for row in rows] == ["no face found", ""] and rows[0]["label"] == ""
     look.detect = lambda image: [(10, 10, 30, 30), (60, 60, 20, 20)]  # the cascade is not what is tested
     image = torch.randint(0, 255, (3, 100, 100), dtype=torch.uint8)
     (largest,) = look(image)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fer_models import create_model
 from fer_models.cli import main
-from fer_models.data import DATASETS, SyntheticFaces
+from fer_models.data import DATASETS, EMOTIONS, SyntheticFaces
 from fer_models.layers.label_graph import (
     adjacency_from,
     build_adjacency,
@@ -77,6 +77,32 @@ def test_a_label_graph_of_the_training_data(options, tmp_path):
     torch.testing.assert_close(model.head.adjacency, expected.float())
     assert not torch.equal(model.head.adjacency, build_adjacency("auto", 8, labels=data.classes).float())
     assert about["options"]["head_options"]["adjacency"] == model.head.adjacency.tolist()
+
+
+def test_a_run_that_starts_from_another(run, tmp_path):
+    """It is made, saved and loaded with the other's options, of which some have no tensor."""
+    first, tuned = tmp_path / "first", tmp_path / "tuned"
+    options = (*TINY, "k=3", "head=label_graph", "head_options={adjacency: identity}")
+    assert main(["train", *options, "--out", str(first)]) == 0
+    seven = [word.replace("length=64", "classes=7").replace("size=32", "length=64") for word in TINY]
+    seven = seven[: seven.index("--model-options")]
+    weights = ("--pretrained", str(first / "best.safetensors"))
+    assert main(["train", *seven, *weights, "--out", str(tuned)]) == 0
+    model, about = load_checkpoint(tuned / "best.safetensors")
+    assert [block.grapher.graph_conv.dynamic_graph.k for block in model.stages[0].blocks] == [3]
+    assert about["options"]["stride"] == 4 and about["options"]["num_classes"] == 7
+    assert model.head.adjacency.shape == (9, 9)
+
+
+def test_vectors_of_a_file_stay_with_the_checkpoint(tmp_path):
+    words = [*EMOTIONS, "valence", "arousal"]
+    glove = tmp_path / "glove.txt"
+    glove.write_text("".join(f"{word} {index} 1.5 -2\n" for index, word in enumerate(words)))
+    head = ("head=label_graph", f"head_options={{embeddings: {glove}}}")
+    assert main(["train", *TINY, *head, "--out", str(tmp_path / "run")]) == 0
+    glove.unlink()
+    model, _ = load_checkpoint(tmp_path / "run" / "best.safetensors")
+    assert model.head.vectors[3].tolist() == [3, 1.5, -2]
 
 
 def test_eval_agrees_with_training(run, tmp_path, capsys):
@@ -185,6 +211,16 @@ def test_predict_and_explain(run, tmp_path, capsys):
         capsys, "explain", str(images / "0.png"), "--model", str(run), "--out", str(tmp_path / "no" / "a.png")
     )
     assert main(["predict", str(images / "2.png"), "--model", str(run)]) == 2
+    # One of several that cannot be used does not cost the others
+    several = [str(images / "0.png"), str(tmp_path / "none"), str(images / "1.png")]
+    assert main(["predict", *several, "--model", str(run), "--csv", str(table)]) == 0
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [bool(row["label"]) for row in rows] == [True, False, True] and "does not exist" in rows[1][
+        "error"
+    ]
+    nowhere = str(tmp_path / "no" / "out.csv")
+    assert "there is no folder" in fails(capsys, "predict", *several, "--model", str(run), "--csv", nowhere)
 
 
 def test_wrong_checkpoints(run, tmp_path, capsys):
