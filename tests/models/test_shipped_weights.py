@@ -74,7 +74,9 @@ def test_the_card(name, tag):
 
 
 def test_unknown_weights():
-    with pytest.raises(ValueError, match=r"no weights with the tag 'rafdb' are shipped .*known tags: ferplus"):
+    with pytest.raises(
+        ValueError, match=r"no weights with the tag 'rafdb' are shipped .*known tags: ferplus"
+    ):
         fer_models.create_model("face2nodes_xs", pretrained="rafdb")
     with pytest.raises(ValueError, match="unknown weights 'rafdb' of face2nodes_xs: expected one of ferplus"):
         Predictor("face2nodes_xs.rafdb")
