@@ -68,7 +68,7 @@ Confusion (rows are the truth, columns the answer):
 ## Limits
 
 - Contempt, disgust and fear are rare in the data; their rates above rest on few images.
-- FER2013's images come from web searches for words of emotions; everyday faces are harder.
+{never}- FER2013's images come from web searches for words of emotions; everyday faces are harder.
 - The data's balance of ages, origins and sexes is unknown and uneven; error rates differ between groups, and
   were not measured by group because the data does not say who is who.
 - FERPlus' training and validation splits share 222 images pixel for pixel (`fer data check DATA`).
@@ -124,6 +124,11 @@ def main() -> None:
             f"| {key.replace('_', ' ')} | {value:.2%} |" for key, value in metrics.items() if key != "samples"
         ),
         by_class="\n".join(lines),
+        never="".join(
+            f"- It recognised none of the {sum(row)} images of {label}.\n"
+            for label, row in zip(classes, matrix, strict=True)
+            if sum(row) and not row[classes.index(label)]
+        ),
         heads="|".join(f" {label} " for label in classes),
         rules="|".join("---:" for _ in classes),
         confusion="\n".join(

@@ -142,6 +142,10 @@ def test_wheel_without_nvcc(cpu_wheel):
     assert any(name.startswith("fer_kernels/_cpu.") and name.endswith(".so") for name in held)
     assert not any(name.startswith("fer_kernels/_cuda.") for name in held)
     assert "fer_models/__init__.py" in held and "fer_kernels/knn/triton.py" in held
+    data = [
+        path for path in (ROOT / "fer_models").rglob("*") if path.suffix in (".yaml", ".json", ".safetensors")
+    ]
+    assert len(data) > 5 and {str(path.relative_to(ROOT)) for path in data} <= set(held)
     assert not [
         name
         for name in held
@@ -276,6 +280,7 @@ def test_editable_install(sdist, tmp_path):
 def test_wheel_with_nvcc(sdist, tmp_path):
     wheel, _ = build_wheel(sdist, tmp_path, CUDA_HOME=NVCC, TORCH_CUDA_ARCH_LIST="9.0+PTX", FORCE_CUDA="1")
     held = names(wheel)
+    assert wheel.stat().st_size < 40e6
     for module in ("_cpu", "_cuda"):
         assert any(name.startswith(f"fer_kernels/{module}.") and name.endswith(".so") for name in held)
     site = installed(wheel, tmp_path)
