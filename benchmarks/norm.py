@@ -23,9 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _cases() -> Iterator[Case]:
-    for (rows, channels, act), dtype, direction in itertools.product(
-        LAYERS, DTYPES, ("forward", "backward")
-    ):
+    for (rows, channels, act), dtype, direction in itertools.product(LAYERS, DTYPES, ("forward", "backward")):
         shape = {"N": rows, "C": channels}
         yield Case(
             op="norm",
@@ -44,7 +42,9 @@ def _cost(shape: dict[str, int], dtype: torch.dtype, direction: str) -> Cost:
     """x in and y out, and in a step x, y's gradient and x's: as if all rows stayed in the cache between passes."""
     elements = shape["N"] * shape["C"]
     tensors = 5 if direction == "backward" else 2
-    return Cost(bytes=tensors * elements * dtype.itemsize, flops=elements * (20 if direction == "backward" else 8))
+    return Cost(
+        bytes=tensors * elements * dtype.itemsize, flops=elements * (20 if direction == "backward" else 8)
+    )
 
 
 def _make_inputs(case: Case, generator: torch.Generator) -> Inputs:
@@ -100,12 +100,17 @@ def expect(case: Case, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def judge(
-    case: Case, inputs: Inputs, expected: dict[str, Tensor], outputs: dict[str, Tensor], arithmetic: torch.dtype
+    case: Case,
+    inputs: Inputs,
+    expected: dict[str, Tensor],
+    outputs: dict[str, Tensor],
+    arithmetic: torch.dtype,
 ) -> str | None:
-    """Off by a few roundings of a value of its size; sums over rows by those of the square root of as many."""
+    """As far off as a variance summed over thousands of rows in one go may make it: 64 roundings of a value of its
+    size. Sums over rows by those of the square root of as many."""
     for name, value in expected.items():
         scale = case.shape["N"] ** 0.5 if name in ("dweight", "dbias") else 1.0
-        bound = 16 * unit_roundoff(case.dtype) * (value.abs() + scale)
+        bound = 64 * unit_roundoff(case.dtype) * (value.abs() + scale)
         problem = value_problem(name, outputs[name].double(), value, bound)
         if problem:
             return problem
@@ -116,7 +121,11 @@ register(
     Suite(
         op="norm",
         cases=tuple(_cases()),
-        providers=(*ours("norm", _run_ours), Provider("eager", _open_eager), Provider("compile", _open_compile)),
+        providers=(
+            *ours("norm", _run_ours),
+            Provider("eager", _open_eager),
+            Provider("compile", _open_compile),
+        ),
         expect=expect,
         judge=judge,
     )

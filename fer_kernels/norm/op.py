@@ -17,7 +17,11 @@ OPERATOR = dispatch.Operator("norm", dtypes={"reference": checks.FLOATING, "cpu"
 
 def _fake(x, weight, bias, eps, gelu):
     statistics = x.new_empty(x.shape[1], dtype=reference.accumulation(x.dtype))
-    return torch.empty_like(x, memory_format=torch.contiguous_format), statistics, torch.empty_like(statistics)
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        statistics,
+        torch.empty_like(statistics),
+    )
 
 
 def _fake_backward(grad, x, weight, bias, mean, var, eps, gelu):

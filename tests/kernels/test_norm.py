@@ -69,8 +69,12 @@ class Problem:
 def check(problem: Problem, backend: str) -> None:
     truth = problem.run(eager, torch.float64)
     theirs, found = (problem.run(f, problem.dtype) for f in (eager, ours(backend)))
-    unit = torch.finfo(problem.dtype).eps * (8 if problem.dtype == torch.float64 else 1)  # the truth rounds too
-    for name, t, e, o, scale in zip("y dx dw db".split(), truth, theirs, found, problem.scales(), strict=False):
+    unit = torch.finfo(problem.dtype).eps * (
+        8 if problem.dtype == torch.float64 else 1
+    )  # the truth rounds too
+    for name, t, e, o, scale in zip(
+        "y dx dw db".split(), truth, theirs, found, problem.scales(), strict=False
+    ):
         errors = [((value - t) / scale).square().mean().sqrt().item() for value in (e, o)]
         assert errors[1] <= 2 * errors[0] + unit, (name, errors)
 
@@ -162,7 +166,11 @@ def test_derivatives(backend):
 
 @each_backend
 def test_running_statistics(backend):
-    x, ours_, theirs = torch.randn(50, 6) * 3 + 1, [torch.zeros(6), torch.ones(6)], [torch.zeros(6), torch.ones(6)]
+    x, ours_, theirs = (
+        torch.randn(50, 6) * 3 + 1,
+        [torch.zeros(6), torch.ones(6)],
+        [torch.zeros(6), torch.ones(6)],
+    )
     for _ in range(3):
         options = {"running_mean": ours_[0], "running_var": ours_[1], "momentum": 0.3}
         batch_norm_act(x, **options, backend=backend)
@@ -192,8 +200,14 @@ def test_strides_and_registration(backend):
 
 
 def test_compiles_whole():
-    compiled = torch.compile(lambda x, m, v: batch_norm_act(x, act="gelu", running_mean=m, running_var=v), fullgraph=True)
-    x, statistics, others = torch.randn(30, 7), [torch.zeros(7), torch.ones(7)], [torch.zeros(7), torch.ones(7)]
+    compiled = torch.compile(
+        lambda x, m, v: batch_norm_act(x, act="gelu", running_mean=m, running_var=v), fullgraph=True
+    )
+    x, statistics, others = (
+        torch.randn(30, 7),
+        [torch.zeros(7), torch.ones(7)],
+        [torch.zeros(7), torch.ones(7)],
+    )
     expected = batch_norm_act(x, act="gelu", running_mean=others[0], running_var=others[1])
     torch.testing.assert_close(compiled(x, *statistics), expected)
     torch.testing.assert_close(statistics, others)
@@ -233,7 +247,9 @@ def test_projection_by_kernel_and_by_modules(act, dtype):
         with fer_kernels.use_backend(backend), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             y = layer(x)
         (y.float() * torch.linspace(-1, 1, y.numel()).reshape(y.shape)).sum().backward()
-        results.append([y.float(), x.grad, layer.norm.weight.grad, layer.linear.weight.grad, *layer.norm.buffers()])
+        results.append(
+            [y.float(), x.grad, layer.norm.weight.grad, layer.linear.weight.grad, *layer.norm.buffers()]
+        )
     for one, two in zip(*results, strict=True):
         scale = two.abs().max().item()
         torch.testing.assert_close(one, two, rtol=0, atol=(1e-5 if dtype == torch.float32 else 3e-2) * scale)
