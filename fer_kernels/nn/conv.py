@@ -155,11 +155,10 @@ class Projection(nn.Module):
         return rows.reshape(x.shape)
 
     def _fuses(self, rows: Tensor) -> bool:
-        """Whether the norm learns from these rows, and there is a kernel that takes it and the activation."""
+        """Whether these are a batch norm's own statistics and GELU, and there is a kernel for both at once. For
+        a norm alone it is no faster than torch's."""
         norm, act = self.norm, self.act
-        known = type(norm) is nn.BatchNorm1d and (
-            type(act) is nn.Identity or (type(act) is nn.GELU and act.approximate == "none")
-        )
+        known = type(norm) is nn.BatchNorm1d and type(act) is nn.GELU and act.approximate == "none"
         learns = known and norm.training and norm.momentum is not None  # type: ignore[union-attr]
         return learns and rows.shape[0] > 1 and norm_op.has_kernel(rows)
 
@@ -171,7 +170,7 @@ class Projection(nn.Module):
             rows,
             norm.weight,
             norm.bias,
-            act="gelu" if type(self.act) is nn.GELU else None,
+            act="gelu",
             eps=norm.eps,
             running_mean=norm.running_mean,
             running_var=norm.running_var,

@@ -108,16 +108,16 @@ def batch_norm_act(
         running_mean, running_var: (C), moved in place by `momentum` towards the rows' mean and unbiased
             variance; None keeps none.
         momentum: share of the new statistics.
-        backend: "auto", "reference" or "cpu". There is no kernel for GPUs, where torch.compile fuses the same.
+        backend: "auto", "reference" or "cpu". There is none for GPUs, where torch.compile fuses the same.
 
     Returns:
         y (rows, C) of x's dtype.
 
     As `F.gelu(F.batch_norm(x, ..., training=True))`, whose backward reads what lies between the two: this
-    keeps x alone, and computes that again. Arithmetic is in float32 (float64 for float64), sums over rows
-    beyond 64 in float64, and results are rounded once, where the two functions round twice. NaN in a channel makes
-    all of it NaN. Results and gradients are bitwise reproducible, whatever the number of threads. Second
-    derivatives work; the reference computes them.
+    keeps x alone, and computes that again. Arithmetic is in float32 (float64 for float64) and results are
+    rounded once, where the two functions round twice. NaN in a channel makes all of it NaN. Results and
+    gradients are bitwise reproducible, whatever the number of threads. Second derivatives work; the reference
+    computes them.
     """
     _check(x, weight, bias, act, eps, running_mean, running_var)
     dtype = reference.accumulation(x.dtype)
