@@ -16,8 +16,8 @@ from .gate import unit_roundoff, value_problem
 from .providers import ours
 from .registry import Case, Cost, Inputs, Provider, Suite, register
 
-# Rows, channels, activation: the layers of ViG-Ti's blocks at 224 pixels and B = 16, and of face2nodes_xs's at
-# 48 pixels and B = 64.
+# Rows, channels, activation: layers of ViG-Ti's blocks at 224 pixels and B = 16, and of face2nodes_xs's at 48
+# and B = 64.
 LAYERS = ((3136, 768, "gelu"), (3136, 192, "none"), (2304, 512, "gelu"), (2304, 128, "none"))
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -39,7 +39,7 @@ def _cases() -> Iterator[Case]:
 
 
 def _cost(shape: dict[str, int], dtype: torch.dtype, direction: str) -> Cost:
-    """x in and y out; in a step also x, y's gradient and x's: as if rows stayed in the cache between passes."""
+    """x in and y out; in a step also x and two gradients: as if rows stayed in the cache between passes."""
     elements = shape["N"] * shape["C"]
     tensors = 5 if direction == "backward" else 2
     return Cost(
@@ -106,8 +106,8 @@ def judge(
     outputs: dict[str, Tensor],
     arithmetic: torch.dtype,
 ) -> str | None:
-    """As far off as a variance summed over thousands of rows in one go may make it: 64 roundings of a value of
-    its size. Sums over rows by those of the square root of as many."""
+    """As far off as a variance summed over thousands of rows in one go may make it: 64 roundings of a value
+    of its size. Sums over rows by those of the square root of as many."""
     for name, value in expected.items():
         scale = case.shape["N"] ** 0.5 if name in ("dweight", "dbias") else 1.0
         bound = 64 * unit_roundoff(case.dtype) * (value.abs() + scale)

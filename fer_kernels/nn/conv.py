@@ -155,8 +155,8 @@ class Projection(nn.Module):
         return rows.reshape(x.shape)
 
     def _fuses(self, rows: Tensor) -> bool:
-        """Whether these are a batch norm's own statistics and GELU, and there is a kernel for both at once. For
-        a norm alone it is no faster than torch's."""
+        """Whether these are a batch norm's own statistics and GELU, and there is a kernel for both at once.
+        For a norm alone it is no faster than torch's."""
         norm, act = self.norm, self.act
         known = type(norm) is nn.BatchNorm1d and type(act) is nn.GELU and act.approximate == "none"
         learns = known and norm.training and norm.momentum is not None  # type: ignore[union-attr]

@@ -54,7 +54,8 @@ def _setup_double(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _double_backward(backend: str, ctx: Any, *gradients: Tensor) -> tuple:
     """The reference differentiated, its statistics with it: right on every backend."""
     with torch.enable_grad():
-        fresh = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        saved = ctx.saved_tensors
+        fresh: list[Any] = [None if t is None else t.detach().requires_grad_() for t in saved]
         grad, x, weight, bias = fresh
         var, mean = torch.var_mean(x.to(reference.accumulation(x.dtype)), 0, correction=0)
         outputs = reference.norm_backward(grad, x, weight, bias, mean, var, ctx.eps, ctx.gelu)
