@@ -187,7 +187,8 @@ def _summary_line(section: list[Row], contender: str) -> list[str]:
             continue
         mean = _times(geometric_mean(known))
         if name in IN_SUMMARY:
-            ranges[name] = f"{mean} ({_times(min(known))} to {_times(max(known))})"
+            spread = f" ({_times(min(known))} to {_times(max(known))})" if len(known) > 1 else ""
+            ranges[name] = mean + spread
         else:
             others.append(f"{_heading(rival)} {mean}")
     return [

@@ -3,6 +3,7 @@
 from .dispatch import available_backends, use_backend
 from .jad.op import JADStats, attention_column_mean, jad_attention
 from .knn.op import dilated_knn, to_edge_index
+from .norm.op import batch_norm_act
 from .relation.op import relation_aggregate, reverse_graph
 
 __version__ = "0.1.0"
@@ -10,6 +11,7 @@ __all__ = [
     "JADStats",
     "attention_column_mean",
     "available_backends",
+    "batch_norm_act",
     "dilated_knn",
     "jad_attention",
     "relation_aggregate",

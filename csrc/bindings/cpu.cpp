@@ -10,6 +10,7 @@
 
 #include "bindings/jad.h"
 #include "bindings/knn.h"
+#include "bindings/norm.h"
 #include "bindings/relation.h"
 #include "cpu/kernels.h"
 
@@ -233,11 +234,41 @@ std::tuple<Tensor, Tensor> jad_column_mean_backward(const Tensor& grad, const Te
   return {call.dq_tensor, call.dk_tensor};
 }
 
+// The parts of all chunks, what they make together, and then all rows.
+template <class Call>
+void run_norm(const Call& call, void (*sum)(const Call&, double*, int64_t, int64_t),
+              void (*merge)(const Call&, const double*), void (*apply)(const Call&, int64_t, int64_t)) {
+  std::vector<double> parts(call.chunks() * 2 * call.channels);
+  const int64_t grain = std::max<int64_t>(1, 50'000 / (fer::kNormRows * std::max<int64_t>(1, call.channels)));
+  torch::stable::parallel_for(0, call.chunks(), grain,
+                              [&](int64_t begin, int64_t end) { sum(call, parts.data(), begin, end); });
+  merge(call, parts.data());
+  torch::stable::parallel_for(0, call.chunks(), grain, [&](int64_t begin, int64_t end) { apply(call, begin, end); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& x, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                        double eps, bool gelu) {
+  const auto call = fer::bindings::norm_forward(x, weight, bias, eps, gelu);
+  run_norm<fer::NormForward>(call, FER_PICK(norm_stats), FER_PICK(norm_merge), FER_PICK(norm_apply));
+  return {call.y_tensor, call.mean_tensor, call.var_tensor};
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& x, std::optional<Tensor> weight,
+                                                 std::optional<Tensor> bias, const Tensor& mean, const Tensor& var,
+                                                 double eps, bool gelu) {
+  const auto call = fer::bindings::norm_backward(grad, x, weight, bias, mean, var, eps, gelu);
+  run_norm<fer::NormBackward>(call, FER_PICK(norm_backward_sums), FER_PICK(norm_backward_merge),
+                              FER_PICK(norm_backward_apply));
+  return {call.dx_tensor, call.dweight_tensor, call.dbias_tensor};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fer_kernels, CPU, m) {
   m.impl("knn", TORCH_BOX(&knn));
   m.impl("relation", TORCH_BOX(&relation));
   m.impl("relation_backward", TORCH_BOX(&relation_backward));
   m.impl("relation_reverse", TORCH_BOX(&relation_reverse));
+  m.impl("norm", TORCH_BOX(&norm));
+  m.impl("norm_backward", TORCH_BOX(&norm_backward));
   m.impl("jad", TORCH_BOX(&jad));
   m.impl("jad_backward", TORCH_BOX(&jad_backward));
   m.impl("jad_column_mean", TORCH_BOX(&jad_column_mean));

@@ -5,6 +5,7 @@
 
 #include "fer/jad.h"
 #include "fer/knn.h"
+#include "fer/norm.h"
 #include "fer/relation.h"
 
 namespace fer::cpu {
@@ -33,6 +34,14 @@ namespace fer::cpu {
   void jad_choose(const JadForward& call, const double* parts, void* means);                          \
   void jad_outputs(const JadForward& call, const void* means, int64_t begin, int64_t end);            \
   void jad_backward(const JadBackward& call, int64_t begin, int64_t end);                             \
+  /* norm, one after the other: the parts of chunks [begin, end) of call.chunks(), 2 * C numbers a chunk; */ \
+  /* the statistics from all parts; y of chunks. Backward likewise: parts, weight and bias, dx. */    \
+  void norm_stats(const NormForward& call, double* parts, int64_t begin, int64_t end);                \
+  void norm_merge(const NormForward& call, const double* parts);                                      \
+  void norm_apply(const NormForward& call, int64_t begin, int64_t end);                               \
+  void norm_backward_sums(const NormBackward& call, double* parts, int64_t begin, int64_t end);       \
+  void norm_backward_merge(const NormBackward& call, const double* parts);                            \
+  void norm_backward_apply(const NormBackward& call, int64_t begin, int64_t end);                     \
   }
 
 FER_DECLARE_KERNELS(baseline)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks, dispatch
+from ..norm import op as norm_op
 from ..relation.op import MAX_NEIGHBOURS, relation_aggregate, reverse_graph
 from ..relation.reference import neighbours
 
@@ -149,7 +150,32 @@ class Projection(nn.Module):
         if also is not None:
             x = x + also
         # Rows, because BatchNorm takes channels second in anything of more than two dimensions.
-        return self.act(self.norm(x.flatten(0, -2)).reshape(x.shape))
+        rows = x.flatten(0, -2)
+        rows = self._fused(rows) if self._fuses(rows) else self.act(self.norm(rows))
+        return rows.reshape(x.shape)
+
+    def _fuses(self, rows: Tensor) -> bool:
+        """Whether these are a batch norm's own statistics and GELU, and there is a kernel for both at once.
+        For a norm alone it is no faster than torch's."""
+        norm, act = self.norm, self.act
+        known = type(norm) is nn.BatchNorm1d and type(act) is nn.GELU and act.approximate == "none"
+        learns = known and norm.training and norm.momentum is not None  # type: ignore[union-attr]
+        return learns and rows.shape[0] > 1 and norm_op.has_kernel(rows)
+
+    def _fused(self, rows: Tensor) -> Tensor:
+        norm: Any = self.norm
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        return norm_op.batch_norm_act(
+            rows,
+            norm.weight,
+            norm.bias,
+            act="gelu",
+            eps=norm.eps,
+            running_mean=norm.running_mean,
+            running_var=norm.running_var,
+            momentum=norm.momentum,
+        )
 
     def _folds(self, x: Tensor) -> bool:
         """Whether the norm is a fixed scale and shift that is cheaper in the weights: on a CPU, where a pass
