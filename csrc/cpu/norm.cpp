@@ -151,18 +151,24 @@ inline void by_fours(int64_t begin, int64_t end, F f) {
 template <class A, class E>
 void stats(const NormForward& call, double* parts, int64_t begin, int64_t end) {
   const int64_t channels = call.channels, size = padded<A>(channels);
-  const Buffer<A> first_row = allocate<A>(size), sum = allocate<A>(size), square = allocate<A>(size);
+  const Buffer<A> centre = allocate<A>(size), sum = allocate<A>(size), square = allocate<A>(size);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t rows = std::min(kNormRows, call.rows - chunk * kNormRows);
     const E* x = static_cast<const E*>(call.x) + chunk * kNormRows * channels;
-    // Differences from one of the chunk's own rows: its square is at most `rows` times the chunk's variance,
-    // so little can cancel when the mean's is taken off.
-    load_row(x, channels, size, first_row.get());
+    // Differences from the mean of the chunk's first rows: where that is near the chunk's own mean, little
+    // cancels when the square of what lies between them is taken off.
+    const int64_t few = std::min<int64_t>(8, rows);
+    std::fill_n(centre.get(), size, A(0));
+    for (int64_t r = 0; r < few; ++r)
+      for_channels<A>(channels, [&](int64_t c, auto part) {
+        store(centre.get() + c, load(centre.get() + c) + load_lanes<A>(x + r * channels + c, part));
+      });
+    for (int64_t c = 0; c < size; ++c) centre[c] /= static_cast<A>(few);
     std::fill_n(sum.get(), size, A(0));
     std::fill_n(square.get(), size, A(0));
     by_fours(0, rows, [&](int64_t r, auto count) {
       for_channels<A>(channels, [&](int64_t c, auto part) {
-        const Vec<A> from = load(first_row.get() + c);
+        const Vec<A> from = load(centre.get() + c);
         Vec<A> s{}, q{};
         for (int i = 0; i < count; ++i) {
           const Vec<A> d = load_lanes<A>(x + (r + i) * channels + c, part) - from;
@@ -176,7 +182,7 @@ void stats(const NormForward& call, double* parts, int64_t begin, int64_t end) {
     double* to = parts + chunk * 2 * channels;
     for (int64_t c = 0; c < channels; ++c) {
       const double mean = static_cast<double>(sum[c]) / rows;
-      to[c] = first_row[c] + mean;
+      to[c] = centre[c] + mean;
       to[channels + c] = square[c] - sum[c] * mean;
     }
   }
