@@ -183,7 +183,7 @@ void stats(const NormForward& call, double* parts, int64_t begin, int64_t end) {
     for (int64_t c = 0; c < channels; ++c) {
       const double mean = static_cast<double>(sum[c]) / rows;
       to[c] = centre[c] + mean;
-      to[channels + c] = square[c] - sum[c] * mean;
+      to[channels + c] = std::max(square[c] - sum[c] * mean, 0.0);  // a NaN stays
     }
   }
 }
