@@ -103,15 +103,8 @@ def default_cfgs(cfgs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for name, values in cfgs.items():
         tagged[name] = values
         for tag, path in shipped_weights(name).items():
-            tagged[f"{name}.{tag}"] = {**values, **_made_for(path), "file": str(path)}
+            tagged[f"{name}.{tag}"] = {**values, "file": str(path)}
     return tagged
-
-
-def _made_for(path: Path) -> dict[str, Any]:
-    from .train.checkpoint import read_about
-
-    side = read_about(path).get("size")
-    return {"input_size": (3, side, side)} if side else {}
 
 
 def build(
