@@ -9,6 +9,11 @@ import torch
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def shape(tensor: torch.Tensor) -> str:
     return str(tuple(tensor.shape))
 

@@ -28,6 +28,8 @@ inline Dtype to_dtype(ScalarType type) {
   }
 }
 
+inline ScalarType accumulation_type(Dtype dtype) { return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float; }
+
 inline bool is_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
   if (t.dim() != static_cast<int64_t>(shape.size())) return false;
   int64_t i = 0;

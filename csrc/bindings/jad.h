@@ -34,8 +34,6 @@ void fill_jad(Call& call, const Tensor& q, const Tensor& k, const std::optional<
   call.v = v ? contiguous_input(call, *v) : nullptr;
 }
 
-inline ScalarType accumulation_type(Dtype dtype) { return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float; }
-
 inline JadForwardCall jad_forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& gate,
                                   const std::optional<Tensor>& noise, int64_t mode, double beta, double max_drop,
                                   int64_t protect, double soft, double tau, bool joint_over_head, double scale,

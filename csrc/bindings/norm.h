@@ -26,7 +26,7 @@ void fill_norm(Call& call, const Tensor& x, const std::optional<Tensor>& weight,
   call.dtype = to_dtype(x.scalar_type());
   call.eps = eps, call.gelu = gelu;
   call.x = contiguous_input(call, x);
-  const ScalarType wide = call.dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
+  const ScalarType wide = accumulation_type(call.dtype);
   const auto of_channels = [&](const Tensor& t) {
     STD_TORCH_CHECK(is_shape(t, {x.size(1)}) && t.scalar_type() == wide && t.device() == x.device(),
                     "norm: weight, bias, mean and var must be (C,) on x's device, float64 for float64, else float32");
@@ -40,7 +40,7 @@ inline NormForwardCall norm_forward(const Tensor& x, const std::optional<Tensor>
                                     const std::optional<Tensor>& bias, double eps, bool gelu) {
   NormForwardCall call{};
   fill_norm(call, x, weight, bias, eps, gelu);
-  const ScalarType wide = call.dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
+  const ScalarType wide = accumulation_type(call.dtype);
   call.y_tensor = torch::stable::new_empty(x, {call.rows, call.channels});
   call.mean_tensor = torch::stable::new_empty(x, {call.channels}, wide);
   call.var_tensor = torch::stable::new_empty(x, {call.channels}, wide);
@@ -56,7 +56,7 @@ inline NormBackwardCall norm_backward(const Tensor& grad, const Tensor& x, const
   NormBackwardCall call{};
   fill_norm(call, x, weight, bias, eps, gelu);
   STD_TORCH_CHECK(is_like(grad, x, {call.rows, call.channels}), "norm: the gradient must be as x");
-  const ScalarType wide = call.dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
+  const ScalarType wide = accumulation_type(call.dtype);
   for (const Tensor* t : {&mean, &var})
     STD_TORCH_CHECK(is_shape(*t, {call.channels}) && t->scalar_type() == wide && t->device() == x.device(),
                     "norm: mean and var must be (C,) on x's device, float64 for float64, else float32");

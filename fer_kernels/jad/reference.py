@@ -15,14 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import accumulation_dtype
+
 MODES = ("none", "key", "soft", "entry", "random", "dropkey")  # their numbers in the schema
 NONE, KEY, SOFT, ENTRY, RANDOM, DROPKEY = range(len(MODES))
 NEARLY_UNIFORM = 0.05  # key, random, entry: a head whose M * std(c) is below this drops nothing
 LOST_MASS = 1e-6  # entry: a row that would keep less than this is left whole
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

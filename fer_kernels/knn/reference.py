@@ -8,9 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from ..checks import accumulation_dtype
 
 
 def prepare_rows(x: Tensor, normalize: bool) -> Tensor:

@@ -16,7 +16,7 @@ OPERATOR = dispatch.Operator("norm", dtypes={"reference": checks.FLOATING, "cpu"
 
 
 def _fake(x, weight, bias, eps, gelu):
-    statistics = x.new_empty(x.shape[1], dtype=reference.accumulation(x.dtype))
+    statistics = x.new_empty(x.shape[1], dtype=checks.accumulation_dtype(x.dtype))
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         statistics,
@@ -57,7 +57,7 @@ def _double_backward(backend: str, ctx: Any, *gradients: Tensor) -> tuple:
         saved = ctx.saved_tensors
         fresh: list[Any] = [None if t is None else t.detach().requires_grad_() for t in saved]
         grad, x, weight, bias = fresh
-        var, mean = torch.var_mean(x.to(reference.accumulation(x.dtype)), 0, correction=0)
+        var, mean = torch.var_mean(x.to(checks.accumulation_dtype(x.dtype)), 0, correction=0)
         outputs = reference.norm_backward(grad, x, weight, bias, mean, var, ctx.eps, ctx.gelu)
         wanted = [i for i, t in enumerate(fresh) if t is not None]
         found = torch.autograd.grad(outputs, [fresh[i] for i in wanted], gradients, allow_unused=True)
@@ -121,7 +121,7 @@ def batch_norm_act(
     computes them.
     """
     _check(x, weight, bias, act, eps, running_mean, running_var)
-    dtype = reference.accumulation(x.dtype)
+    dtype = checks.accumulation_dtype(x.dtype)
     weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
     y, mean, var = OPERATOR.choose(backend, x)(x, weight, bias, float(eps), act == "gelu")
     with torch.no_grad():
@@ -157,7 +157,7 @@ def _check(x, weight, bias, act, eps, running_mean, running_var) -> None:
             continue
         checks.dense_tensor(here, name, tensor)
         checks.same_device(here, name, tensor, "x", x)
-        if tensor.dtype not in (x.dtype, reference.accumulation(x.dtype)):
+        if tensor.dtype not in (x.dtype, checks.accumulation_dtype(x.dtype)):
             raise TypeError(f"{here}: {name} must be {x.dtype} as x or float32, got {tensor.dtype}")
         if tuple(tensor.shape) != (x.shape[1],):
             raise ValueError(

@@ -6,17 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def accumulation(dtype: torch.dtype) -> torch.dtype:
-    """What half types are computed in, and of what statistics, weight and bias are."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+from ..checks import accumulation_dtype
 
 
 def norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, gelu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (rows, C) to y (rows, C), and the rows' mean and variance (C), without Bessel's correction."""
-    wide = x.to(accumulation(x.dtype))
+    wide = x.to(accumulation_dtype(x.dtype))
     var, mean = torch.var_mean(wide, 0, correction=0)
     z = _scaled((wide - mean) * torch.rsqrt(var + eps), weight, bias)
     return (F.gelu(z) if gelu else z).to(x.dtype), mean, var
@@ -36,7 +33,7 @@ def norm_backward(
 
     db = Σ dz,  dw = Σ dz x̂,  dx = w / σ (dz - db / n - x̂ dw / n), with sums over the n rows
     """
-    dtype = accumulation(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     rstd = torch.rsqrt(var + eps)
     normal = (x.to(dtype) - mean) * rstd
     dz = grad.to(dtype)

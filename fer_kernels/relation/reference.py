@@ -11,14 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import accumulation_dtype
+
 MODES = ("mr", "rmr", "rsum")  # their numbers in the schema, and in csrc/include/fer/relation.h
 MR, RMR, RSUM = range(len(MODES))
 # The compiled code raises the same, and can raise no other type of error.
 INDEX_ERROR = "relation_aggregate: idx must lie in [0, M) with"
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_indices(idx: Tensor, keys: int) -> None:
