@@ -4,7 +4,8 @@ worth where they are used. A part of relation's suite; it is no operator.
     h = BN(fc1 x);  graph = knn(h, keys);  m = aggregate(h, graph);  x + BN(fc2 GELU(BN(groups [h, m])))
 
 Channels of h and m alternate (h0, m0, h1, m1, ...) and go through a projection of four groups, as in ViG.
-Every provider runs the same block and differs in the graph and the aggregation alone.
+Every provider runs the same block and differs in the graph, the aggregation, and on the CPU in what makes
+GELU(BN ...) of one operator. The grouped product is fer_kernels.nn's for all.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fer_kernels
+from fer_kernels.nn.conv import grouped_linear
 
 from . import knn
 from .gate import unit_roundoff
@@ -78,9 +80,7 @@ def make_inputs(case: Case, generator: torch.Generator) -> Inputs:
         "p": weight(width, channels, fan_in=channels),
         "q": weight(width, channels, fan_in=channels),
         "a": weight(heads, width // heads, fan_in=width // heads),
-        "groups": weight(
-            GROUPS, 2 * channels // GROUPS, 2 * channels // GROUPS, fan_in=2 * channels // GROUPS
-        ),
+        "groups": weight(2 * channels, 2 * channels // GROUPS, fan_in=2 * channels // GROUPS),
         "bn2": norm(2 * channels),
         "fc2": weight(channels, 2 * channels, fan_in=2 * channels),
         "bn3": norm(channels),
@@ -103,13 +103,9 @@ def keys_of(h: Tensor, keys: int) -> Tensor | None:
     return squares.mean((2, 4)).flatten(1, 2)
 
 
-def _grouped(nodes: Tensor) -> Tensor:
-    """(GROUPS, B * N, C / GROUPS), a view."""
-    return nodes.flatten(0, 1).unflatten(-1, (GROUPS, -1)).transpose(0, 1)
-
-
 Graph = Callable[[Tensor, Tensor | None], Tensor]
 Aggregate = Callable[..., Tensor]
+Activate = Callable[[Tensor, Tensor], Tensor]
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -130,10 +126,12 @@ def block(
     keys: int,
     graph: Graph,
     aggregate: Aggregate,
+    activate: Activate | None = None,
     rounded: Callable[[Tensor], Tensor] = _exact,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, and for the gate the graph and what was aggregated. `rounded` stands where a layer
-    rounds its result, for the gate to see what that does to the gradients."""
+    """The output, and for the gate the graph and what was aggregated. `activate` is GELU(BN ...) in one;
+    None takes torch's two. `rounded` stands where a layer rounds its result, for the gate to see what that
+    does to the gradients."""
     h = rounded(_batch_norm(rounded(F.linear(x, fc1)), bn1))
     y = keys_of(h, keys)
     if y is not None:
@@ -142,10 +140,9 @@ def block(
         idx = graph(h, y)
     of_centres, of_keys = rounded(F.linear(h, p)), rounded(F.linear(h if y is None else y, q))
     m = rounded(aggregate(h, idx, y, of_centres, of_keys, a))
-    of_h, of_m = groups.unflatten(1, (-1, 2)).unbind(2)  # the alternating channels, never interleaved
-    projected = torch.baddbmm(rounded(torch.bmm(_grouped(h), of_h)), _grouped(m), of_m)
-    projected = rounded(projected).transpose(0, 1).reshape(*h.shape[:2], -1)
-    hidden = rounded(F.gelu(rounded(_batch_norm(projected, bn2))))
+    projected = rounded(grouped_linear(h, m, groups, None, GROUPS))
+    hidden = F.gelu(rounded(_batch_norm(projected, bn2))) if activate is None else activate(projected, bn2)
+    hidden = rounded(hidden)
     return rounded(x + rounded(_batch_norm(rounded(F.linear(hidden, fc2)), bn3))), idx, m
 
 
@@ -172,7 +169,12 @@ def run_ours(case: Case, backend: str) -> Callable[[Inputs], Any]:
     def aggregate(h: Tensor, idx: Tensor, y: Tensor | None, p: Tensor, q: Tensor, a: Tensor) -> Tensor:
         return fer_kernels.relation_aggregate(h, idx, y, p=p, q=q, a=a, backend=backend)
 
-    return _step(case, lambda *leaves: block(*leaves, keys, graph, aggregate))
+    def activate(nodes: Tensor, scale_and_shift: Tensor) -> Tensor:
+        rows = nodes.flatten(0, 1)
+        return fer_kernels.batch_norm_act(rows, *scale_and_shift, act="gelu", backend="cpu").view_as(nodes)
+
+    norm = activate if backend == "cpu" else None
+    return _step(case, lambda *leaves: block(*leaves, keys, graph, aggregate, norm))
 
 
 def _plain(case: Case, aggregate: Aggregate) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -260,7 +262,7 @@ def _differentiated(
     double = _float64(inputs)
     leaves = [double[name].requires_grad_() for name in ("x", *PARAMETERS)]
     with torch.enable_grad():
-        out, _, m = block(*leaves, case.shape["M"], lambda h, y: idx, aggregate, rounded)
+        out, _, m = block(*leaves, case.shape["M"], lambda h, y: idx, aggregate, rounded=rounded)
         of_m, *gradients = torch.autograd.grad(out, [m, *leaves], double["grad"])
     values = {"out": out.detach()}
     values |= {f"d{name}": g for name, g in zip(("x", *PARAMETERS), gradients, strict=True)}

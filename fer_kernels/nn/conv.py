@@ -22,6 +22,12 @@ from ..relation.reference import neighbours
 Norm = str | Callable[[int], nn.Module] | None
 Act = str | Callable[[], nn.Module] | None
 
+# Where the processor multiplies tiles of bfloat16 (AMX), the zeros of a block-diagonal weight cost less than
+# the copies that bring every group's columns together for a batched product, up to this width of a group:
+# forward and backward of 3,136 nodes took 0.5 of the time at C = 192, 0.8 at C = 320 and 1.1 at C = 400.
+TILED_WIDTH = 160
+_TILES = torch.cpu._is_amx_tile_supported()
+
 _NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 _ACTS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
@@ -67,26 +73,11 @@ class GroupedLinear(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: x must be (..., {self.in_channels}), got {checks.shape(x)}"
             )
-        return self.product(x, None, self.weight, self.bias)
+        return grouped_linear(x, None, self.weight, self.bias, self.groups)
 
     def interleaved(self, x: Tensor, m: Tensor) -> Tensor:
         """self(interleave(x, m)), x and m (..., C_in / 2), without the interleaved nodes in memory."""
-        return self.product(x, m, self.weight, self.bias)
-
-    def product(self, x: Tensor, m: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What `forward` and, with m, `interleaved` compute, for a weight and a bias like this module's."""
-        groups = self.groups
-        if m is not None and (groups == 1 or self.in_channels // 2 % groups):
-            x, m = interleave(x, m), None
-        if groups == 1:
-            return F.linear(x, weight, bias)
-        if m is None:
-            out = _grouped_product(x, weight, bias, groups)
-        else:
-            # A group's columns for x and those for m are each a strided view of its weight.
-            of_x, of_m = weight.unflatten(-1, (-1, 2)).unbind(-1)
-            out = _grouped_product(m.to(x.dtype), of_m, _grouped_product(x, of_x, bias, groups), groups)
-        return out.transpose(0, 1).reshape(*x.shape[:-1], self.out_channels)
+        return grouped_linear(x, m, self.weight, self.bias, self.groups)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight = state_dict.get(prefix + "weight")
@@ -99,7 +90,33 @@ class GroupedLinear(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, groups={self.groups}{bias}"
 
 
-def _grouped_product(x: Tensor, weight: Tensor, added: Tensor | None, groups: int) -> Tensor:
+def grouped_linear(x: Tensor, m: Tensor | None, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """x (..., C_in), or with m the interleaved x and m (..., C_in / 2), through weight (C_out, C_in / groups)
+    to (..., C_out)."""
+    if m is not None and (groups == 1 or x.shape[-1] % groups):
+        x, m = interleave(x, m), None
+    if groups == 1:
+        return F.linear(x, weight, bias)
+    if _TILES and x.dtype == torch.bfloat16 and x.device.type == "cpu" and weight.shape[1] <= TILED_WIDTH:
+        nodes = x if m is None else torch.cat((x, m.to(x.dtype)), -1)
+        return F.linear(nodes, _block_diagonal(weight, groups, 1 if m is None else 2), bias)
+    if m is None:
+        out = _batched_product(x, weight, bias, groups)
+    else:
+        # A group's columns for x and those for m are each a strided view of its weight.
+        of_x, of_m = weight.unflatten(-1, (-1, 2)).unbind(-1)
+        out = _batched_product(m.to(x.dtype), of_m, _batched_product(x, of_x, bias, groups), groups)
+    return out.transpose(0, 1).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _block_diagonal(weight: Tensor, groups: int, parts: int) -> Tensor:
+    """The weight (C_out, C_in / groups) of a grouped product as the (C_out, C_in) of a plain one, mostly
+    zeros. Its columns, `parts` interleaved inputs, become those for the first input, then the second's."""
+    blocks = weight.unflatten(0, (groups, -1)).unflatten(-1, (-1, parts))
+    return torch.diag_embed(blocks.permute(1, 3, 2, 0), dim1=0, dim2=3).reshape(weight.shape[0], -1)
+
+
+def _batched_product(x: Tensor, weight: Tensor, added: Tensor | None, groups: int) -> Tensor:
     """(groups, rows, C_out / groups): one batched product with a group as the batch, on views of x
     (..., C_in) and the weight (C_out, C_in / groups). `added` is a bias or such a product, or None."""
     rows = x.flatten(0, -2).unflatten(-1, (groups, -1)).transpose(0, 1)
@@ -144,7 +161,7 @@ class Projection(nn.Module):
         """
         if self._folds(x):
             scale, weight, bias = self._folded()
-            x = self.linear.product(x, m, weight, bias)
+            x = grouped_linear(x, m, weight, bias, self.linear.groups)
             return self.act(x if also is None else torch.addcmul(x, also.to(x.dtype), scale.to(x.dtype)))
         x = self.linear(x) if m is None else self.linear.interleaved(x, m)
         if also is not None:

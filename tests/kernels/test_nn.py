@@ -278,6 +278,36 @@ def test_weights_of_vigs_convolutions_load():
         ours.load_state_dict(nn.Conv2d(16, 32, 3, groups=4).state_dict())
 
 
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("width", [4, graph_nn.conv.TILED_WIDTH + 4])
+def test_grouped_products_in_bfloat16(monkeypatch, tiles, width):
+    """As one block-diagonal product where that is faster, and as a batched one."""
+    monkeypatch.setattr(graph_nn.conv, "_TILES", tiles)
+    calls = []
+    block_diagonal = graph_nn.conv._block_diagonal
+    monkeypatch.setattr(
+        graph_nn.conv, "_block_diagonal", lambda *args: (calls.append(args), block_diagonal(*args))[1]
+    )
+    half = 2 * width
+    linear = graph_nn.GroupedLinear(2 * half, 12).bfloat16()
+    nn.init.normal_(linear.bias)
+    x, m = (torch.randn(2, 5, half, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    exact = copy.deepcopy(linear).double()
+    wide = [t.detach().double().requires_grad_() for t in (x, m)]
+    # Two products with a rounding between them; gradients are sums over ten rows of rounded values.
+    for out, expected in (
+        (linear(torch.cat((x, m), -1)), exact(torch.cat(wide, -1))),
+        (linear.interleaved(x, m), exact(graph_nn.interleave(*wide))),
+    ):
+        torch.testing.assert_close(out.double(), expected, rtol=2**-7, atol=2**-6)
+        target = torch.randn(out.shape).bfloat16()
+        found = torch.autograd.grad(out, [x, m, *linear.parameters()], target)
+        wanted = torch.autograd.grad(expected, [*wide, *exact.parameters()], target.double())
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=2**-6, atol=2**-4)
+    assert len(calls) == (2 if tiles and width == 4 else 0)
+
+
 def test_relation_dim_default():
     assert RelationConv(192, 384).relation_dim == 48
     assert RelationConv(36, 72).relation_dim == 8
