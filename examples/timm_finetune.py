@@ -1,5 +1,5 @@
 """Fine-tune with timm's tools, as timm's train script uses them: layer-wise learning rates, mixup, averaged
-weights, a schedule by step: `python timm_finetune.py --weights face2nodes_xs.safetensors`."""
+weights, a schedule by step: `python timm_finetune.py --weights runs/first/best.safetensors`."""
 
 import argparse
 
@@ -55,6 +55,6 @@ for epoch in range(options.epochs):
         averaged.update(model, step=update)
         if update % steps == 0:
             break
-    print(f"epoch {epoch + 1}: last step's loss {float(loss):.3f}", flush=True)
+    print(f"epoch {epoch + 1}: last step's loss {loss.item():.3f}", flush=True)
 torch.save(averaged.module.state_dict(), "finetuned.pth")
 print("averaged weights in finetuned.pth")

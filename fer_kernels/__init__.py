@@ -6,6 +6,8 @@ from .knn.op import dilated_knn, to_edge_index
 from .norm.op import batch_norm_act
 from .relation.op import relation_aggregate, reverse_graph
 
+from . import nn  # isort: skip  # made of the operators
+
 __version__ = "0.1.0"
 __all__ = [
     "JADStats",
@@ -14,6 +16,7 @@ __all__ = [
     "batch_norm_act",
     "dilated_knn",
     "jad_attention",
+    "nn",
     "relation_aggregate",
     "reverse_graph",
     "to_edge_index",

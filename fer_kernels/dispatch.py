@@ -19,7 +19,7 @@ import functools
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,10 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 CHECK_VALUES = os.environ.get("FER_KERNELS_CHECK", "0") == "1"
 
 _LIBRARY = torch.library.Library("fer_kernels", "DEF")
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot take a call."""
 
 
 class _Requested(threading.local):  # torch.compile guards on these; on a ContextVar only from 2.15
@@ -100,7 +104,7 @@ class Operator:
         check_backend_name(backend, origin)
         reasons = self.not_supported_reasons(backend, *tensors)
         if reasons:
-            raise RuntimeError(
+            raise BackendError(
                 f"{self.name}: backend {backend!r} cannot take this call: " + "; ".join(reasons)
             )
         return registered[backend]
@@ -207,3 +211,32 @@ def define(
         operator.registered.update(overloads)
         OPERATORS[operator.name] = operator
     return overloads
+
+
+def differentiated(
+    formula: Callable[..., Any],
+    inputs: Sequence[Any],
+    by: Sequence[int],
+    gradients: Sequence[torch.Tensor | None],
+) -> tuple[torch.Tensor | None, ...]:
+    """One gradient for each of `inputs`: of formula(*inputs), in plain PyTorch, by those at positions `by`
+    that are tensors, and None for the others. Second derivatives of every backend are made of this.
+
+    The formula must compute from the inputs `by` whatever else is a function of them.
+    """
+    fresh, wanted = list(inputs), [i for i in by if inputs[i] is not None]
+    with torch.enable_grad():
+        for i in wanted:
+            fresh[i] = fresh[i].detach().requires_grad_()
+        used = [
+            (out, g)
+            for out, g in zip(formula(*fresh), gradients, strict=True)
+            if g is not None and out.requires_grad
+        ]
+        found = torch.autograd.grad(
+            [out for out, _ in used], [fresh[i] for i in wanted], [g for _, g in used], allow_unused=True
+        )
+    result: list[torch.Tensor | None] = [None] * len(fresh)
+    for i, gradient in zip(wanted, found, strict=True):
+        result[i] = gradient
+    return tuple(result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -32,8 +33,8 @@ examples:
   torchrun --nproc-per-node 4 -m fer_models.cli train --batch-size 256
 
 A recipe is the name of one that comes with the package, or a YAML file; options win over it. Ctrl-C finishes
-the step, saves and ends; --resume auto goes on from there, also after a crash, with the same result as an
-unbroken run.
+the step, saves and ends; the same command with --resume auto goes on from there, also after a crash, with
+the same result as an unbroken run. --out RUN --resume auto alone takes what the run was started with.
 """
 
 EVAL_EXAMPLES = """\
@@ -61,6 +62,8 @@ examples:
   fer explain photo.jpg --model runs/first --node 2 3 --layers 0 3
 """
 
+DEVICES = "auto, cpu, cuda or cuda:N (default: auto)"
+DATA_OPTIONS = "of the data set; `fer_models.data` describes them"
 USER_MISTAKE, STOPPED, INTERRUPTED = 2, 1, 130
 
 
@@ -68,14 +71,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
     # Imports that take seconds come after the help
+    from fer_kernels.dispatch import BackendError
+
     from .data import DataError
     from .train.checkpoint import CheckpointError
-    from .train.config import ConfigError, Interrupted, TrainingStopped
+    from .train.config import Interrupted, TrainingStopped
 
+    mistakes = (DataError, CheckpointError, BackendError, ValueError, TypeError, FileNotFoundError)
     try:
         return options.run(options) or 0
     except Interrupted:
-        print("interrupted; the checkpoint is written, --resume auto goes on from it", file=sys.stderr)
+        print(
+            "interrupted; the checkpoint is written, the same command with --resume auto goes on from it",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -83,11 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingStopped as error:
         print(f"fer: {error}", file=sys.stderr)
         return STOPPED
-    except (ConfigError, DataError, CheckpointError, ValueError, TypeError, FileNotFoundError) as error:
+    except mistakes as error:
         if options.traceback:
             raise
         print(f"fer: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_MISTAKE
+    except BrokenPipeError:  # whoever reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return STOPPED
     except OSError as error:  # such as a full disk
         if options.traceback:
             raise
@@ -118,11 +130,10 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", help="data set (default: the run's)")
     evaluate.add_argument("--root", help="its folder or zip file (default: the run's)")
     evaluate.add_argument("--split", default="", help="default: what the run was validated on")
-    evaluate.add_argument("--data-options", nargs="+", default=[], metavar="KEY=VALUE")
+    evaluate.add_argument("--data-options", nargs="+", default=[], metavar="KEY=VALUE", help=DATA_OPTIONS)
     evaluate.add_argument("--size", type=int, default=0, help="pixels a side (default: the checkpoint's)")
-    evaluate.add_argument("--batch-size", type=int, default=64)
-    evaluate.add_argument("--workers", type=int, default=-1)
-    evaluate.add_argument("--device", default="auto")
+    _add_batch(evaluate)
+    evaluate.add_argument("--workers", type=int, default=-1, help="loader processes (default: -1 chooses)")
     evaluate.add_argument("--flip", action="store_true", help="mean over each image and its mirror image")
     evaluate.add_argument("--json", metavar="PATH", help="metrics and confusion matrix")
     evaluate.add_argument("--picture", metavar="PATH", help="the confusion matrix as a PNG")
@@ -137,10 +148,9 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_argument("--csv", metavar="PATH", help="write all columns there")
     predict.add_argument("--detector", choices=("opencv",), help="look for faces first")
     predict.add_argument("--faces", choices=("largest", "all"), default="largest", help="default: largest")
-    predict.add_argument("--every", type=int, default=1, help="of a video, each frame of this number")
+    predict.add_argument("--every", type=int, default=1, help="of a video, one frame in so many")
     predict.add_argument("--flip", action="store_true", help="mean over each face and its mirror image")
-    predict.add_argument("--device", default="auto")
-    predict.add_argument("--batch-size", type=int, default=64)
+    _add_batch(predict)
     predict.set_defaults(run=_predict)
 
     explain = commands.add_parser(
@@ -148,11 +158,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("image")
     explain.add_argument("--model", default="face2nodes_xs", help=models)
-    explain.add_argument("--out", default="explain.png", help="default: explain.png")
+    explain.add_argument("--out", default="explain.png", help=".png, .pdf or .svg (default: explain.png)")
     explain.add_argument("--node", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="graph node to show")
     explain.add_argument("--layers", type=int, nargs="+", metavar="BLOCK", help="blocks to show, from 0")
     explain.add_argument("--detector", choices=("opencv",), help="look for the largest face first")
-    explain.add_argument("--device", default="auto")
+    explain.add_argument("--device", default="auto", help=DEVICES)
     explain.set_defaults(run=_explain)
 
     bench = commands.add_parser(
@@ -163,9 +173,8 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     bench.add_argument("model", nargs="?", default="face2nodes_xs")
-    bench.add_argument("--batch-size", type=int, default=16)
-    bench.add_argument("--size", type=int, default=0)
-    bench.add_argument("--device", default="auto")
+    _add_batch(bench, 16)
+    bench.add_argument("--size", type=int, default=0, help="pixels a side (default: the model's)")
     bench.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     bench.add_argument("--seconds", type=float, default=5.0, help="of measuring, for each row")
     bench.set_defaults(run=_bench)
@@ -180,7 +189,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     check.add_argument("path")
     check.add_argument("--name", help="the data set, where its layout does not tell")
-    check.add_argument("--data-options", nargs="+", default=[], metavar="KEY=VALUE")
+    check.add_argument("--data-options", nargs="+", default=[], metavar="KEY=VALUE", help=DATA_OPTIONS)
     check.set_defaults(run=_data_check)
     preview = actions.add_parser(
         "preview",
@@ -216,12 +225,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_batch(parser: argparse.ArgumentParser, size: int = 64) -> None:
+    parser.add_argument("--batch-size", type=int, default=size, help=f"images at once (default: {size})")
+    parser.add_argument("--device", default="auto", help=DEVICES)
+
+
 def _add_dataset(parser: argparse.ArgumentParser) -> None:
     """Options that name a data set, for `_dataset`."""
     parser.add_argument("name")
     parser.add_argument("--root", help="folder or zip file")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--data-options", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--data-options", nargs="+", default=[], metavar="KEY=VALUE", help=DATA_OPTIONS)
 
 
 def _dataset(options: argparse.Namespace, transform: Any = None) -> Any:
@@ -271,7 +285,11 @@ def _train(options: argparse.Namespace) -> int:
 
     # Neither a recipe nor a model nor data: what someone types first
     first = not (options.recipe or options.model or options.data)
-    values = read_yaml("first_run" if first else options.recipe) if first or options.recipe else {}
+    before = Path(options.out or "") / "config.yaml"
+    if options.out and options.resume != "never" and not options.recipe and before.is_file():
+        values = read_yaml(before)
+    else:
+        values = read_yaml("first_run" if first else options.recipe) if first or options.recipe else {}
     for item in dataclasses.fields(TrainConfig):
         given = getattr(options, item.name)
         if given is None:
@@ -324,6 +342,7 @@ def spread(results: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def _run_folder(config: Any, options: argparse.Namespace) -> Path:
     from .train.distributed import launched
+    from .train.engine import STATE
 
     if options.out:
         return Path(options.out)
@@ -332,14 +351,15 @@ def _run_folder(config: Any, options: argparse.Namespace) -> Path:
 
         raise ConfigError("several processes need --out, the run folder that they share")
     stem = f"{config.model.replace('/', '-')}-{config.data}"
-    numbers = [
-        int(path.name[len(stem) + 1 :])
+    runs = {
+        int(path.name[len(stem) + 1 :]): path
         for path in Path("runs").glob(f"{stem}-*")
         if path.name[len(stem) + 1 :].isdigit()
-    ]
-    if options.resume != "never" and numbers:
-        return Path("runs") / f"{stem}-{max(numbers)}"
-    return Path("runs") / f"{stem}-{max(numbers, default=0) + 1}"
+    }
+    started = [number for number, path in runs.items() if any(path.glob(f"**/{STATE}"))]
+    if options.resume != "never" and started:
+        return runs[max(started)]
+    return Path("runs") / f"{stem}-{max(runs, default=0) + 1}"
 
 
 def _one_run(config: Any, folder: Path, resume: str) -> dict[str, float]:
@@ -369,6 +389,8 @@ def _one_run(config: Any, folder: Path, resume: str) -> dict[str, float]:
 def _evaluate(options: argparse.Namespace) -> int:
     from .metrics import paired_bootstrap
 
+    _check_folder("--json", options.json)
+    _check_folder("--picture", options.picture)
     found = [_evaluate_one(Path(path), options) for path in options.checkpoint]
     for path, (predictions, classes) in zip(options.checkpoint, found, strict=True):
         print(f"{path}:")
@@ -404,7 +426,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _evaluate_one(path: Path, options: argparse.Namespace) -> tuple[Any, Sequence[str]]:
-    from .data import create_dataset, eval_transform
+    from .data import DATASETS, create_dataset, eval_transform
     from .train.checkpoint import BEST, load_checkpoint
     from .train.config import ConfigError, TrainConfig
     from .train.distributed import World, pick_device
@@ -420,6 +442,8 @@ def _evaluate_one(path: Path, options: argparse.Namespace) -> tuple[Any, Sequenc
     same = config is not None and data == config.data
     root = options.root or (config.root if config and same else "")
     kept = {**config.data_options, **config.valid_options} if config and same else {}
+    if data in DATASETS and DATASETS[data].counts_classes and "classes" in about:
+        kept.setdefault("classes", len(about["classes"]))
     device = pick_device(options.device)
     size = options.size or about.get("size") or input_side(model)
     transform = eval_transform(size, imagenet=wants_imagenet(model))
@@ -443,6 +467,14 @@ def _evaluate_one(path: Path, options: argparse.Namespace) -> tuple[Any, Sequenc
     return predictions, dataset.classes
 
 
+def _check_folder(option: str, path: str | None) -> None:
+    """That there is a place for a file, before the work whose result it takes."""
+    if path and Path(path).is_dir():
+        raise ValueError(f"{option} {path} is a folder; name a file")
+    if path and not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"{option} {path}: there is no folder {Path(path).parent}")
+
+
 # fer predict, fer explain
 
 
@@ -452,8 +484,7 @@ def _predict(options: argparse.Namespace) -> int:
     from .data import DataError
     from .predict import Predictor
 
-    if options.csv and not Path(options.csv).parent.is_dir():
-        raise FileNotFoundError(f"--csv {options.csv}: there is no folder {Path(options.csv).parent}")
+    _check_folder("--csv", options.csv)
     predictor = Predictor(
         options.model,
         options.device,
@@ -500,6 +531,9 @@ def _explain(options: argparse.Namespace) -> int:
     from .explain import explain
     from .predict import Predictor, to_pixels
 
+    _check_folder("--out", options.out)
+    if Path(options.image).is_dir():
+        raise ValueError(f"{options.image} is a folder; name an image")
     predictor = Predictor(options.model, options.device, detector=options.detector)
     image = to_pixels(options.image)
     (result,) = predictor(image)
@@ -571,7 +605,7 @@ def _data_list(options: argparse.Namespace) -> int:
     from .data import DATASETS
 
     for name, kind in DATASETS.items():
-        print(f"{name:12} {(kind.__doc__ or '').splitlines()[0]}")
+        print(f"{name:12} {(kind.__doc__ or '').splitlines()[0].replace('``', '')}")
     return 0
 
 

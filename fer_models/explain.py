@@ -33,6 +33,7 @@ from .train.evaluate import input_side, unwrapped, wants_imagenet
 from .vig import ViG
 
 INCHES, DPI = 3.2, 110  # a panel's side
+PICTURES = (".png", ".pdf", ".svg")
 MOST_CLASSES, MOST_REGIONS = 10, 16  # bars that a panel has room for
 SMALL = 8  # points, of text in a panel
 HEAT = "inferno"
@@ -60,7 +61,7 @@ def explain(
     Args:
         model: a model of this package with a classifier, in any mode, which it is left in.
         image: uint8 (3, H, W), RGB.
-        path: of the PNG to write, in a folder that exists; None writes none.
+        path: of the picture to write, .png, .pdf or .svg, in a folder that exists; None writes none.
         classes: names of the classes; None takes the label graph's, or the usual ones for 7 and 8 classes.
         size: pixels a side of the model's input; None takes the model's own.
         node: (row, column) from 0 in the last block's grid; None takes the one that speaks most for the
@@ -87,6 +88,8 @@ def explain(
         raise ValueError(f"explain: {model.name} has no graph of nodes, so no node or layers to choose")
     if path is not None and not Path(path).parent.is_dir():
         raise FileNotFoundError(f"explain: no folder {Path(path).parent} to write {Path(path).name} to")
+    if path is not None and Path(path).suffix not in PICTURES:
+        raise ValueError(f"explain: {path} must end in {', '.join(PICTURES)}")
     names = shown_names(model, classes)
     size = input_side(model) if size is None else size
     image = image.cpu()
@@ -112,7 +115,7 @@ def explain(
 
     figure = _figure([*_prediction_panels(model, output, names, face), *panels])
     if path is not None:
-        figure.savefig(path, format="png", dpi=DPI)
+        figure.savefig(path, dpi=DPI)
     return figure
 
 
@@ -307,7 +310,7 @@ def _graph_panels(
     degrees = in_degree(graphs[-1], grids[-1])
     return [
         *panels,
-        partial(_draw_relevance, face, grids[-1], speaks, names[best]),
+        partial(_draw_relevance, face, grids[-1], speaks, names[best], node is not None),
         partial(_draw_degrees, face, grids[-1], degrees, len(graphs) - 1),
     ]
 
@@ -344,12 +347,13 @@ def _draw_neighbours(
     axes.set_xlabel(note if weights is None else f"{note};\nwidth is the relation's weight", fontsize=SMALL)
 
 
-def _draw_relevance(face: _Face, grid: BlockGrid, speaks: Tensor, name: str, axes: Any) -> None:
+def _draw_relevance(face: _Face, grid: BlockGrid, speaks: Tensor, name: str, chosen: bool, axes: Any) -> None:
     face.draw(axes, f"which patches speak for {name}", gray=True)
     rows, columns = grid.nodes
     _heat(axes, speaks.clamp(min=0), (columns * grid.cell, rows * grid.cell))
     axes.set(xlim=(0, grid.side), ylim=(grid.side, 0))
-    axes.set_xlabel("features times gradient, last block;\nthe brightest has the cyan frame", fontsize=SMALL)
+    framed = "" if chosen else ";\nthe brightest has the cyan frame"
+    axes.set_xlabel(f"features times gradient, last block{framed}", fontsize=SMALL)
 
 
 def _draw_degrees(face: _Face, grid: BlockGrid, degrees: Tensor, layer: int, axes: Any) -> None:
@@ -481,8 +485,17 @@ def label_weights(head: LabelGraphHead) -> Tensor:
     return normalise_adjacency(head.adjacency.detach().float().cpu(), head.norm)
 
 
+MOST_LABELS = 40  # on a circle with arrows between all; more are a matrix
+
+
 def _draw_labels(names: Sequence[str], weights: Tensor, predicted: int, axes: Any) -> None:
+    title = "label graph, for every face the same"
     nodes = [*names, *CONTINUOUS][: len(weights)]
+    if len(nodes) > MOST_LABELS:
+        axes.imshow(weights.abs().numpy(), cmap="Blues", vmin=0)
+        axes.set(xlabel="takes from this node", ylabel="node")
+        axes.set_title(title, fontsize=9)
+        return
     angles = [math.pi / 2 - 2 * math.pi * index / len(nodes) for index in range(len(nodes))]
     places = [(math.cos(angle), math.sin(angle)) for angle in angles]
     # Beside what a node keeps of itself, so that many thin links look thin
@@ -519,7 +532,7 @@ def _draw_labels(names: Sequence[str], weights: Tensor, predicted: int, axes: An
         )
     axes.set(xlim=(-1.75, 1.75), ylim=(-1.35, 1.35), aspect="equal", xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    axes.set_title("label graph, for every face the same", fontsize=9)
+    axes.set_title(title, fontsize=9)
     note = f"arrows lead to the node that takes; widest {edges.abs().max():.2f}"
     axes.set_xlabel(note if edges.any() else "no node takes from another", fontsize=SMALL)
 
@@ -556,7 +569,7 @@ def _prediction_panels(
 ) -> tuple[Panel, Panel]:
     probabilities = output.logits[0].float().softmax(0).cpu()
     best = int(probabilities.argmax())
-    affect = None if output.valence_arousal is None else output.valence_arousal[0].tolist()
+    affect = None if output.valence_arousal is None else output.valence_arousal[0].clamp(-1, 1).tolist()
 
     def draw_face(axes: Any) -> None:
         face.draw(axes, "")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,7 +148,9 @@ class Predictor:
         faceless: list[int] = []
         results = list(self._results(usable(), faceless))
         if faceless:
-            raise ImageError(f"Predictor: image {faceless[0]}: {_NO_FACE}; detector=None takes it as it is")
+            raise ImageError(
+                f"Predictor: image {faceless[0]}: {_NO_FACE}; without a detector it is taken as it is"
+            )
         return results
 
     def rows(self, path: str | os.PathLike, *, every: int = 1, progress: bool = True) -> list[dict[str, Any]]:
@@ -313,7 +316,7 @@ def to_pixels(image: Any) -> Tensor:
     if isinstance(image, (str, os.PathLike)):
         path = Path(image)
         if path.is_dir():
-            raise ImageError(f"{path} is a folder; Predictor.rows takes folders")
+            raise ImageError(f"{path} is a folder, and this takes images (`rows` takes folders)")
         if not path.is_file():
             raise ImageError(f"{path}: no such file")
         try:
@@ -330,7 +333,9 @@ def to_pixels(image: Any) -> Tensor:
             image = np.repeat(image[:, :, None], 3, axis=2)
         if image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an array must be (H, W, 3) or (H, W), got {image.shape}")
-        image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        image = np.ascontiguousarray(image)
+        # torch warns of arrays that it could not write to, as PIL's are
+        image = torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)
     if not isinstance(image, Tensor):
         raise TypeError(f"expected a path, a PIL image, an array or a tensor, got {type(image).__name__}")
     if image.dim() != 3 or image.shape[0] not in (1, 3):
@@ -374,9 +379,19 @@ def _folder(path: Path) -> tuple[int, Iterator[_Named]]:
     """How many, and the images of a folder and the folders within, or the one of a file."""
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
-    if not files:
-        raise DataError(f"Predictor: {path} has no images ({', '.join(IMAGES)})")
+        # Systems keep files of their own beside images, as in ._photo.jpg
+        there = [file for file in path.rglob("*") if not file.name.startswith(".")]
+        files = sorted(file for file in there if file.suffix.lower() in IMAGES)
+        videos = sorted(file for file in there if file.suffix.lower() in VIDEOS)
+        if not files:
+            raise DataError(
+                f"Predictor: {path} has no images ({', '.join(IMAGES)})"
+                + (f"; name videos themselves, such as {videos[0]}" if videos else "")
+            )
+        if videos:
+            warnings.warn(
+                f"Predictor: {len(videos)} videos in {path} are left out; name them themselves", stacklevel=3
+            )
 
     def image(file: Path) -> Tensor | ImageError:
         try:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import importlib.util
+import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 _logger = logging.getLogger(__name__)
@@ -191,7 +194,30 @@ def with_options_of(name: str, pretrained: str | os.PathLike, options: dict[str,
 
 def _make(name: str, options: dict[str, Any]) -> Any:
     # As with timm, None is what an option is where it is not given
-    return _makers[name](**{option: value for option, value in options.items() if value is not None})
+    given = {option: value for option, value in options.items() if value is not None}
+    try:
+        return _makers[name](**given)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in given:
+            raise
+        known = _options_of(name)
+        near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
+        raise TypeError(f"create_model: {name} has no option {unknown[1]!r}{hint}") from None
+
+
+def _options_of(name: str) -> list[str]:
+    with torch.device("meta"):
+        kind = type(_makers[name]())
+    found = (
+        parameter.name
+        for part in kind.__mro__
+        if issubclass(part, nn.Module) and part is not nn.Module
+        for parameter in list(inspect.signature(part.__init__).parameters.values())[1:]
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    )
+    return sorted(set(found))
 
 
 def shipped_weights(name: str) -> dict[str, Path]:

@@ -123,24 +123,15 @@ def _setup_double(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _differentiated(formula: Any, free: int, ctx: Any, gradients: tuple) -> tuple:
-    """The reference's backward differentiated by its first `free` arguments: right on every backend, with
-    N x M arrays in memory. The others (out, lse) are functions of those, and it computes them from those."""
-    with torch.enable_grad():
-        tensors = list(ctx.saved_tensors)
-        fresh = [t.detach().requires_grad_() for t in tensors[:free]]
-        outputs = formula(*fresh, *tensors[free:], ctx.scale)
-        used = [(out, g) for out, g in zip(outputs, gradients, strict=True) if g is not None]
-        found = torch.autograd.grad([out for out, _ in used], fresh, [g for _, g in used], allow_unused=True)
-    return (*found, *(None,) * (len(tensors) - free + 1))
-
-
 def _double_backward(backend: str, ctx: Any, *gradients: Tensor) -> tuple:
-    return _differentiated(reference.jad_backward, 4, ctx, gradients)
+    """With N x M arrays in memory. out and lse follow from the others, and the reference uses neither."""
+    inputs = (*ctx.saved_tensors, ctx.scale)
+    return dispatch.differentiated(reference.jad_backward, inputs, range(4), gradients)
 
 
 def _double_backward_column_mean(backend: str, ctx: Any, *gradients: Tensor) -> tuple:
-    return _differentiated(reference.column_mean_backward, 3, ctx, gradients)
+    inputs = (*ctx.saved_tensors, ctx.scale)
+    return dispatch.differentiated(reference.column_mean_backward, inputs, range(3), gradients)
 
 
 dispatch.define(

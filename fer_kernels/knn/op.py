@@ -255,6 +255,13 @@ def to_edge_index(idx: Tensor, num_keys: int) -> Tensor:
             f"to_edge_index: idx must be an integer (B, N, k), got {idx.dtype} {checks.shape(idx)}"
         )
     batch, queries, _ = idx.shape
+    if idx.numel() and (idx.device.type == "cpu" or dispatch.CHECK_VALUES) and type(idx) is Tensor:
+        low, high = (int(bound) for bound in torch.aminmax(idx))
+        if low < 0 or high >= num_keys:
+            raise RuntimeError(
+                f"to_edge_index: idx must lie in [0, num_keys) with num_keys = {num_keys}, "
+                f"but idx holds values from {low} to {high}"
+            )
     first_key = torch.arange(batch, device=idx.device).view(-1, 1, 1) * num_keys
     centre = torch.arange(batch * queries, device=idx.device).view(batch, queries, 1)
     return torch.stack([(idx + first_key).flatten(), centre.expand_as(idx).flatten()])

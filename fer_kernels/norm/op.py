@@ -52,19 +52,15 @@ def _setup_double(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _double_backward(backend: str, ctx: Any, *gradients: Tensor) -> tuple:
-    """The reference differentiated, its statistics with it: right on every backend."""
-    with torch.enable_grad():
-        saved = ctx.saved_tensors
-        fresh: list[Any] = [None if t is None else t.detach().requires_grad_() for t in saved]
-        grad, x, weight, bias = fresh
+    """Of the statistics too, which are functions of x."""
+
+    def formula(grad, x, weight, bias, *constants):
         var, mean = torch.var_mean(x.to(checks.accumulation_dtype(x.dtype)), 0, correction=0)
-        outputs = reference.norm_backward(grad, x, weight, bias, mean, var, ctx.eps, ctx.gelu)
-        wanted = [i for i, t in enumerate(fresh) if t is not None]
-        found = torch.autograd.grad(outputs, [fresh[i] for i in wanted], gradients, allow_unused=True)
-    result: list[Tensor | None] = [None] * 8
-    for position, gradient in zip(wanted, found, strict=True):
-        result[position] = gradient
-    return tuple(result)
+        return reference.norm_backward(grad, x, weight, bias, mean, var, *constants)
+
+    inputs = (*ctx.saved_tensors, ctx.eps, ctx.gelu)
+    found = dispatch.differentiated(formula, inputs, range(4), gradients)
+    return (*found[:4], None, None, *found[4:])
 
 
 dispatch.define(

@@ -99,27 +99,9 @@ def _setup_double(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _double_backward(backend: str, ctx: Any, *gradients: Tensor) -> tuple:
-    """The reference's formulas differentiated: right on every backend, with edge tensors in memory."""
-    inputs = ctx.saved_tensors
-    differentiable = {0, 1, 2, 4, 5, 6, 7}
-    with torch.enable_grad():
-        fresh = [
-            t.detach().requires_grad_() if t is not None and i in differentiable else t
-            for i, t in enumerate(inputs)
-        ]
-        outputs = reference.relation_backward(*fresh, *ctx.constants)
-        used = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
-        wanted = [i for i in sorted(differentiable) if fresh[i] is not None]
-        found = torch.autograd.grad(
-            [out for out, _ in used],
-            [fresh[i] for i in wanted],
-            [g for _, g in used],
-            allow_unused=True,
-        )
-    result: list[Tensor | None] = [None] * 16
-    for position, gradient in zip(wanted, found, strict=True):
-        result[position] = gradient
-    return tuple(result)
+    """With edge tensors in memory."""
+    inputs = (*ctx.saved_tensors, *ctx.constants)
+    return dispatch.differentiated(reference.relation_backward, inputs, (0, 1, 2, 4, 5, 6, 7), gradients)
 
 
 dispatch.define(

@@ -69,6 +69,8 @@ class FaceDataset(Dataset):
     by_subject: ClassVar[bool] = False
     """No official split: ``train`` and ``valid`` are folds that share no subject."""
     default_classes: ClassVar[int] = 7
+    counts_classes: ClassVar[bool] = False
+    """Without ``classes`` there are as many as the files show, and not ``default_classes``."""
     layout: ClassVar[Mapping[str, str]] = {}
     """Patterns of the files and folders that the layout needs, and what each is; ``check`` reads it too."""
 

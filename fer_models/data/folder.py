@@ -25,6 +25,7 @@ class ImageFolder(FaceDataset):
 
     name = "folder"
     splits = ("train", "valid", "test", "all")
+    counts_classes = True
 
     def __init__(self, root: str | Path, split: str = "train", *, classes: int | None = None, **options: Any):
         self._given_classes = classes
@@ -67,8 +68,8 @@ class ImageFolder(FaceDataset):
                 return name
         raise DataError(
             f"{self.where}: the folder {self.split} is missing; the root holds "
-            f"{', '.join(self.source.folders()[:8]) or 'no folders'} "
-            "(split='all' takes class folders as they are)"
+            f"{', '.join(self.source.folders()[:8]) or 'no folders'}. Training takes class folders within "
+            "train and valid (or --valid-split test); split 'all' takes class folders as they are"
         )
 
     def _below(self, folder: str) -> list[str]:

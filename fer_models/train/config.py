@@ -22,6 +22,13 @@ AUGMENT: dict[str, dict[str, Any] | None] = {  # what `train_transform` is told,
 }
 
 
+# Metrics of which more is better
+SELECTABLE = (
+    *("accuracy", "mean_class_accuracy", "macro_f1"),
+    *(f"{of}_{name}" for of in ("mean", "valence", "arousal") for name in ("ccc", "pcc", "sagr")),
+)
+
+
 class ConfigError(ValueError):
     """A wrong key or value: the user's mistake, said in one line."""
 
@@ -135,6 +142,7 @@ class TrainConfig:
                 raise ConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         self._one_of("schedule", ("cosine", "step", "constant"))
         self._one_of("augment", tuple(AUGMENT))
+        self._one_of("select", SELECTABLE)
 
     def _at_least(self, name: str, least: float) -> None:
         if not getattr(self, name) >= least:
@@ -174,6 +182,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     file = Path(path)
     if not file.suffix:
         file = RECIPES / f"{path}.yaml"
+    if Path(path).suffix and not file.is_file():
+        raise ConfigError(f"no file {path}")
     if not file.is_file():
         known = recipes()
         raise ConfigError(

@@ -62,6 +62,8 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
         place = torch.device(device)
     except RuntimeError:
         raise ValueError(f"unknown device {device!r}: expected auto, cpu, cuda or cuda:N") from None
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r}: this package runs on cpu, cuda or cuda:N")
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, and torch finds no CUDA device")
     if place.type == "cuda" and place.index is None:

@@ -78,9 +78,15 @@ class Trainer:
 
         self._prepare_folder(resume)
         self._found_options = dict[str, Any]()
+        self.num_classes = 0
+        self.num_classes = self._count_classes()
         torch.manual_seed(config.seed)
         self.model = self._make_model()
-        self.train_data, self.valid_data = self._make_data()
+        imagenet = wants_imagenet(self.model)
+        self.train_data, self.valid_data = self._make_data(
+            make_transform(self.size, config.augment, imagenet=imagenet),
+            eval_transform(self.size, imagenet=imagenet),
+        )
         self.steps = Steps(
             self.train_data,
             config.batch_size,
@@ -114,6 +120,8 @@ class Trainer:
         self.totals: dict[str, float] = {}
         if self._resuming:
             self._resume()
+            if world.main:
+                print(f"going on with {self.folder} after step {self.step}", flush=True)
         self.network: nn.Module = self.model
         if config.compile:
             self.network = torch.compile(self.network)  # type: ignore[assignment]
@@ -161,9 +169,7 @@ class Trainer:
 
         timm's own models are not told the size: some take it, some know no such option.
         """
-        options: dict[str, Any] = {
-            "num_classes": self.config.data_options.get("classes", _classes_of(self.config.data))
-        }
+        options: dict[str, Any] = {"num_classes": self.num_classes}
         if self.config.size and not self.config.model.startswith("timm/"):
             options["img_size"] = self.config.size
         options |= self.config.model_options
@@ -171,10 +177,19 @@ class Trainer:
             options = with_options_of(self.config.model, self.config.pretrained, options)
         return options | self._found_options
 
+    def _count_classes(self) -> int:
+        config = self.config
+        kind = DATASETS.get(config.data)
+        if "classes" in config.data_options or kind is None:  # an unknown name is create_dataset's error
+            return config.data_options.get("classes", 8)
+        if not kind.counts_classes:
+            return kind.default_classes
+        train, valid = self._make_data()
+        return max(train.num_classes, valid.num_classes)
+
     def _train_targets(self) -> Targets:
         """What is known of all images that are trained on, but the images."""
-        config = self.config
-        data = create_dataset(config.data, config.root or None, "train", **config.data_options)
+        data, _ = self._make_data()
         affect = [(record.valence, record.arousal) for record in data.records]
         return Targets(
             torch.tensor(data.labels),
@@ -187,19 +202,21 @@ class Trainer:
         """Pixels a side."""
         return self.config.size or input_side(self.model)
 
-    def _make_data(self) -> tuple[Any, Any]:
+    def _make_data(self, train: Any = None, valid: Any = None) -> tuple[Any, Any]:
+        """What is trained and validated on, with these transforms."""
         config = self.config
-        imagenet = wants_imagenet(self.model)
-        valid = eval_transform(self.size, imagenet=imagenet)
-        train = make_transform(self.size, config.augment, imagenet=imagenet)
+        options = config.data_options
+        kind = DATASETS.get(config.data)
+        if kind is not None and kind.counts_classes and self.num_classes:
+            options = {"classes": self.num_classes, **options}  # where only one of the splits has them all
         return (
-            create_dataset(config.data, config.root or None, "train", transform=train, **config.data_options),
+            create_dataset(config.data, config.root or None, "train", transform=train, **options),
             create_dataset(
                 config.data,
                 config.root or None,
                 validation_split(config.data, config.valid_split),
                 transform=valid,
-                **{**config.data_options, **config.valid_options},
+                **{**options, **config.valid_options},
             ),
         )
 
@@ -356,8 +373,8 @@ class Trainer:
         }
         if self.config.select not in row:
             raise ConfigError(
-                f"select = {self.config.select!r} is not among the metrics: "
-                f"{', '.join(predictions.metrics())}"
+                f"select = {self.config.select!r}, and there is no valence and arousal of both the model and "
+                f"the data that the run is validated on; there are {', '.join(predictions.metrics())}"
             )
         self.history.append(row)
         self.epoch += 1
@@ -451,7 +468,10 @@ class Trainer:
             if (new := dataclasses.asdict(self.config).get(name)) != old and name not in FREE
         ]
         if changed:
-            raise ConfigError(f"{self.folder} was started with another configuration: {'; '.join(changed)}")
+            raise ConfigError(
+                f"{self.folder} was started with another configuration: {'; '.join(changed)}; to go on with "
+                f"it, name the folder (--out) and nothing else, or repeat the command that started it"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
@@ -547,10 +567,6 @@ def validation_split(data: str, wanted: str = "") -> str:
     return "valid" if "valid" in kind.splits else kind.evaluation_split
 
 
-def _classes_of(data: str) -> int:
-    return DATASETS[data].default_classes if data in DATASETS else 8
-
-
 def _to_tensorboard(folder: Path, row: dict[str, Any]) -> None:
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -565,4 +581,11 @@ def _to_tensorboard(folder: Path, row: dict[str, Any]) -> None:
 def fit(config: TrainConfig, folder: str | Path, resume: str = "never") -> dict[str, float]:
     """A whole run, in this process's place among those of torchrun; returns the best checkpoint's metrics."""
     with joined(config.device) as world:
-        return Trainer(config, folder, world, resume).fit()
+        try:
+            trainer = Trainer(config, folder, world, resume)
+        except BaseException:
+            if world.main:  # a mistake leaves no empty folder behind
+                with contextlib.suppress(OSError):
+                    Path(folder).rmdir()
+            raise
+        return trainer.fit()

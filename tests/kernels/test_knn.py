@@ -634,6 +634,8 @@ def test_to_edge_index():
         to_edge_index(torch.ones(3, 3), 3)
     with pytest.raises(ValueError, match="num_keys must be at least 1, got 0"):
         to_edge_index(idx, 0)
+    with pytest.raises(RuntimeError, match="num_keys = 4, but idx holds values from 0 to"):
+        to_edge_index(idx, 4)
 
 
 # ---- bad input ----

@@ -343,6 +343,13 @@ def test_label_graph_is_the_heads():
     assert notes(explain(model, FACE))[-1] == "no node takes from another"
 
 
+def test_a_graph_of_many_labels_is_a_matrix():
+    labels = {"labels": [f"label {i}" for i in range(60)], "embeddings": "learned", "adjacency": "full"}
+    model = nano(num_classes=60, depths=(1,), head="label_graph", head_options=labels)
+    (image,) = explain(model, FACE).axes[-1].images
+    assert image.get_array().shape[0] >= 60
+
+
 def test_names():
     assert module.shown_names(nano(), None) == EMOTIONS
     assert module.shown_names(nano(num_classes=7), None) == EMOTIONS[:7]

@@ -1,5 +1,7 @@
 """Prediction: what goes in, what comes out, and what is refused."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -151,7 +153,7 @@ def test_flip_is_the_mean_of_both(model, faces):
         (torch.zeros(3, 0, 8), "without pixels"),
         (np.full((8, 8, 3), 1.5), r"1.5 to 1.5 could be either; clamp them or pass uint8"),
         (Image.new("RGB", (0, 0)), "without pixels"),
-        (".", "is a folder; Predictor.rows takes folders"),
+        (".", "is a folder, and this takes images"),
         (7, "expected a path, a PIL image, an array or a tensor, got int"),
         ("missing.png", "missing.png: no such file"),
     ],
@@ -166,6 +168,13 @@ def test_the_message_says_which_image(predictor, faces):
         predictor([faces[0], None])
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_array_that_cannot_be_written_to(predictor, faces):
+    image = array(faces[0])
+    image.flags.writeable = False
+    assert predictor(image)[0].probabilities == predictor(faces[0])[0].probabilities
+
+
 def test_nothing_gives_nothing(predictor):
     assert predictor([]) == []
 
@@ -176,6 +185,7 @@ def test_a_folder(predictor, faces, tmp_path):
         Image.fromarray(array(face)).save(tmp_path / name)
     (tmp_path / "b.png").write_bytes(b"")
     (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "._a.png").write_bytes(b"a system's own")
     rows = predictor.rows(tmp_path, progress=False)
     assert [row["image"] for row in rows] == ["a.png", "b.png", "sub/c.jpg"]
     assert rows[1]["error"] == "0 bytes" and rows[1]["label"] == "" and rows[1]["happy"] is None
@@ -185,6 +195,12 @@ def test_a_folder(predictor, faces, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no images"):
         predictor.rows(tmp_path / "empty")
+    (tmp_path / "empty" / "film.mp4").touch()
+    with pytest.raises(DataError, match=r"has no images .*; name videos themselves, such as .*film.mp4"):
+        predictor.rows(tmp_path / "empty")
+    shutil.copy(tmp_path / "a.png", tmp_path / "empty")
+    with pytest.warns(UserWarning, match="1 videos in .* are left out"):
+        assert len(predictor.rows(tmp_path / "empty", progress=False)) == 1
     with pytest.raises(FileNotFoundError, match="does not exist"):
         predictor.rows(tmp_path / "nowhere")
 
@@ -215,8 +231,10 @@ def test_checkpoints_and_names(model, tmp_path):
         "classes": list("abcdefgh"),
         "size": 48,
     }
-    save_checkpoint(tmp_path / "best.safetensors", model, about, half=True)
-    for where in (tmp_path, tmp_path / "best.safetensors", str(tmp_path)):
+    run = tmp_path / "run"
+    run.mkdir()
+    save_checkpoint(run / "best.safetensors", model, about, half=True)
+    for where in (run, run / "best.safetensors", str(run)):
         loaded = Predictor(where, "cpu")
         assert loaded.size == 48 and loaded.classes == tuple("abcdefgh")
     with pytest.raises(ValueError, match="neither a file nor a model: 'face2nodes_xz'; did you mean"):
@@ -224,9 +242,9 @@ def test_checkpoints_and_names(model, tmp_path):
     with pytest.raises(ValueError, match=r"neither a file nor a model: 'face2node_xs\.ferplus'"):
         weights_file("face2node_xs.ferplus")
     with pytest.raises(
-        ValueError, match=f"no run folder: it has no best.safetensors; it holds the runs {tmp_path.name}"
+        ValueError, match=f"no run folder: it has no best.safetensors; it holds the runs {run.name}"
     ):
-        weights_file(tmp_path.parent)
+        weights_file(tmp_path)
     with pytest.raises(ValueError, match="no weights of vig_b come with this installation"):
         weights_file("vig_b")
 
@@ -237,7 +255,7 @@ def test_detector(model, faces, tmp_path):
         pytest.skip("this OpenCV has no cascades")
     look = Predictor(model, "cpu", detector="opencv")
     assert look.detect(torch.zeros(3, 80, 80, dtype=torch.uint8)) == []
-    with pytest.raises(DataError, match="image 1: no face found; detector=None takes it as it is"):
+    with pytest.raises(DataError, match="image 1: no face found; without a detector it is taken as it is"):
         faceless = np.zeros((80, 80, 3), np.uint8)
         look.detect = lambda image: [] if image.max() == 0 else [(0, 0, 8, 8)]
         look([faces[0], faceless])

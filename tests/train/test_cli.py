@@ -4,12 +4,14 @@ import csv
 import json
 import pickle
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import fer_kernels
 from fer_models import create_model
 from fer_models.cli import main
 from fer_models.data import DATASETS, EMOTIONS, SyntheticFaces
@@ -154,6 +156,53 @@ def test_wrong_configurations(tmp_path, capsys):
     assert "nothing to resume" in fails(capsys, "train", *TINY, "--resume", "must", *out)
 
 
+def test_a_mistake_leaves_no_folder(tmp_path, capsys):
+    out = tmp_path / "run"
+    for wrong in (("--model", "vig_tii"), ("--optimizer", "adamv"), ("--model-options", "depth=[1]")):
+        assert main(["train", *TINY, *wrong, "--out", str(out)]) == 2
+        assert not out.exists()
+    assert "has no option 'depth'; did you mean 'depths'?" in capsys.readouterr().err
+    assert "unknown select 'acc'" in fails(capsys, "train", *TINY, "--select", "acc", "--out", str(out))
+    assert "runs on cpu, cuda" in fails(capsys, "train", *TINY, "--device", "meta", "--out", str(out))
+    assert f"no file {out}.yaml" in fails(capsys, "train", f"{out}.yaml")
+
+
+def test_resuming_by_the_folder_alone(run, tmp_path, capsys, monkeypatch):
+    """The run's own configuration; without --out the last run that has a checkpoint, not the last folder."""
+    folder = tmp_path / "runs" / "face2nodes_nano-synthetic-1"
+    shutil.copytree(run, folder)
+    (tmp_path / "runs" / "face2nodes_nano-synthetic-2").mkdir()
+    (folder / "curves.png").unlink()
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["--out", str(folder)], TINY):
+        assert main(["train", *arguments, "--resume", "auto"]) == 0
+        assert "face2nodes_nano-synthetic-1 after step 4" in capsys.readouterr().out
+        (folder / "curves.png").unlink()
+    text = fails(capsys, "train", "--out", str(folder), "--resume", "auto", "--lr", "0.5")
+    assert "another configuration: lr 0.001 -> 0.5; to go on with it, name the folder" in text
+
+
+def test_folders_with_contempt(tmp_path, capsys):
+    """The files say how many classes there are, those of either split."""
+    faces = SyntheticFaces(None, "train", length=64, size=32)
+    for split, names in (("train", EMOTIONS), ("test", EMOTIONS[:7])):
+        for label, name in enumerate(names):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(2):
+                face = faces.draw(8 * index + label).permute(1, 2, 0).numpy()
+                Image.fromarray(face).save(tmp_path / split / name / f"{index}.png")
+    tiny = [*TINY, "--data", "folder", "--root", str(tmp_path)]
+    del tiny[tiny.index("--data-options") + 1 : tiny.index("--model-options")]
+    tiny.remove("--data-options")
+    assert "--valid-split test" in fails(capsys, "train", *tiny, "--out", str(tmp_path / "run"))
+    assert main(["train", *tiny, "--valid-split", "test", "--out", str(tmp_path / "run")]) == 0
+    model, about = load_checkpoint(tmp_path / "run" / "best.safetensors")
+    assert model.num_classes == len(about["classes"]) == 8
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    assert "contempt" in capsys.readouterr().out
+
+
 def test_unwritable_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     text = fails(capsys, "train", *TINY, "--out", str(tmp_path / "file" / "run"))
@@ -219,6 +268,17 @@ def test_predict_and_explain(run, tmp_path, capsys):
     assert [bool(row["label"]) for row in rows] == [True, False, True] and "does not exist" in rows[1][
         "error"
     ]
+    both = [str(tmp_path / "images"), "--model", str(run)]
+    assert "is a folder; name a file" in fails(capsys, "predict", *both, "--csv", str(tmp_path))
+    assert "is a folder; name an image" in fails(capsys, "explain", *both)
+    one = [str(images / "0.png"), "--model", str(run)]
+    assert "must end in .png" in fails(capsys, "explain", *one, "--out", str(tmp_path / "why.xyz"))
+    assert "there is no folder" in fails(
+        capsys, "eval", str(run), "--picture", str(tmp_path / "no" / "a.png")
+    )
+    with fer_kernels.use_backend("triton"):
+        text = fails(capsys, "predict", *one)
+    assert "backend 'triton' cannot take this call" in text or torch.cuda.is_available()
     nowhere = str(tmp_path / "no" / "out.csv")
     assert "there is no folder" in fails(capsys, "predict", *several, "--model", str(run), "--csv", nowhere)
 
