@@ -91,3 +91,40 @@ def test_evaluation_is_exact_on_a_set_that_does_not_divide(tmp_path):
     ]
     assert metrics[0] == metrics[1]
     assert load_checkpoint(tmp_path / "run" / "best.safetensors")[1]["model"].startswith("timm/")
+
+
+AVERAGE = """
+import sys, torch
+from torch.nn.parallel import DistributedDataParallel
+from fer_models import create_model
+from fer_models.train.distributed import joined, leave
+
+with joined("cpu") as world:
+    torch.manual_seed(0)
+    model = create_model("lnlattennet_xs", num_classes=3, momentum=0.5)
+    before = model.region_average.clone()
+    torch.manual_seed(world.rank)
+    output = DistributedDataParallel(model)(torch.randn(4, 3, 32, 32), full=True)
+    output.logits.sum().backward()
+    found = {"before": before, "after": model.region_average, "weights": output.aux["region_weights"]}
+    torch.save({name: tensor.detach() for name, tensor in found.items()}, f"{sys.argv[1]}/{world.rank}.pt")
+leave(0)
+"""
+
+
+def test_region_averages_are_over_all_processes(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(AVERAGE)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(
+        [*start, str(script), str(tmp_path)],
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(first["after"], second["after"])
+    means = [part["weights"].mean(0) for part in (first, second)]
+    assert (means[0] - means[1]).abs().max() > 1e-4  # so that it matters whose they are
+    expected = first["before"].lerp(sum(means) / 2, 0.5)
+    torch.testing.assert_close(first["after"], expected, rtol=0, atol=1e-6)
