@@ -17,7 +17,8 @@ A relation-aware graph convolution that learns         One relation vector an ed
 nodes".                                                `conv` = "rmr" (default); "rsum" sums instead,
                                                        "rgate" gates each channel, "rboth" takes maximum
                                                        and sum; "mr", "edge", "sage", "gin" have no
-                                                       relation. `conv_options`: heads, relation_dim.
+                                                       relation. `conv_options`: heads, relation_dim,
+                                                       relation = "diff", "diff+pos", "diff+dist".
 Sparse, against the redundancy of self-attention.      No dense attention anywhere.
 Pre-trained and from-scratch training.                 ViG's weights load, and start unchanged.
 Nothing on depth, width, or a pyramid.                 ViG's sizes; "nano" and "xs" for small faces;

@@ -1,12 +1,13 @@
 """Graph convolutions of ViG and Face2Nodes on nodes (B, N, C) and neighbours (B, N, k).
 
-Only "mr", "rmr", "rsum" and "both" are fused. The others and "gate" hold edge tensors (B, N, k, C) in plain
-PyTorch: they are there to compare with.
+Only "mr", "rmr", "rsum" and "both" are fused. The others, "gate" and relation="diff+dist" hold edge tensors
+(B, N, k, C) in plain PyTorch: they are there to compare with.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from .. import checks, dispatch
 from ..norm import op as norm_op
 from ..relation.op import MAX_NEIGHBOURS, relation_aggregate, reverse_graph
 from ..relation.reference import neighbours
+from .graph import check_grid
 
 Norm = str | Callable[[int], nn.Module] | None
 Act = str | Callable[[], nn.Module] | None
@@ -336,12 +338,18 @@ class RelationConv(_GraphConv):
     W_r = [W_a W_b] is applied to nodes rather than edges: p = x (W_a - W_b)ᵀ + b_r and q = y W_bᵀ, and
     r_ij = LeakyReLU(p_i + q_j).
 
+    `relation` adds to the differences, within the LeakyReLU, what starts at zero: "diff+pos" W_p (s_j - s_i),
+    where s are the places of nodes and keys on their grid, from -1 to 1; "diff+dist" w_d times the squared
+    distance of the two directions, as in the graph. Places split into p and q as well; distances do not, so
+    that "diff+dist" holds edge tensors.
+
     Args:
         in_channels: C, divisible by `heads`; 2C is divisible by `groups` (for "both", C is).
         out_channels: divisible by `groups`.
         conv: as above.
         heads: H.
         relation_dim: R, divisible by `heads`; None takes C / 4, rounded down to a multiple of H, at least H.
+        relation: "diff", "diff+pos" or "diff+dist".
         gate: "channel" or "head", for conv="gate". A gate for each channel needs no heads, and ignores them.
         negative_slope: of the LeakyReLU.
         groups, bias, norm, act: of the `Projection`.
@@ -355,6 +363,7 @@ class RelationConv(_GraphConv):
         conv: str = "rmr",
         heads: int = 4,
         relation_dim: int | None = None,
+        relation: str = "diff",
         gate: str = "channel",
         negative_slope: float = 0.2,
         groups: int = 4,
@@ -365,6 +374,7 @@ class RelationConv(_GraphConv):
         super().__init__(in_channels, out_channels)
         here = type(self).__name__
         _check_choice(here, "conv", conv, ("rmr", "rsum", "gate", "both"))
+        _check_choice(here, "relation", relation, ("diff", "diff+pos", "diff+dist"))
         _check_choice(here, "gate", gate, ("channel", "head"))
         checks.positive_int(here, "heads", heads)
         if relation_dim is None:
@@ -373,9 +383,13 @@ class RelationConv(_GraphConv):
         if isinstance(negative_slope, bool) or not isinstance(negative_slope, (int, float)):
             raise TypeError(f"{here}: negative_slope must be a number, got {negative_slope!r}")
         self.conv, self.heads, self.relation_dim = conv, heads, relation_dim
-        self.gate, self.negative_slope = gate, float(negative_slope)
+        self.features, self.gate, self.negative_slope = relation, gate, float(negative_slope)
         self.projection = self._project(2 * in_channels, out_channels, groups, bias=bias, norm=norm, act=act)
         self.relation = nn.Linear(2 * in_channels, relation_dim)
+        if relation == "diff+pos":
+            self.position = nn.Parameter(torch.empty(relation_dim, 2))
+        if relation == "diff+dist":
+            self.distance = nn.Parameter(torch.empty(relation_dim))
         if conv == "gate" and gate == "channel":
             self.gate_weight = nn.Parameter(torch.empty(in_channels, relation_dim))
         else:
@@ -391,6 +405,10 @@ class RelationConv(_GraphConv):
         """The start described above. The projection's own parameters are left as they are."""
         nn.init.kaiming_normal_(self.relation.weight, self.negative_slope, nonlinearity="leaky_relu")
         nn.init.zeros_(self.relation.bias)
+        if self.features == "diff+pos":
+            nn.init.zeros_(self.position)
+        if self.features == "diff+dist":
+            nn.init.zeros_(self.distance)
         if self.conv == "gate" and self.gate == "channel":
             nn.init.zeros_(self.gate_weight)
         else:
@@ -404,6 +422,7 @@ class RelationConv(_GraphConv):
         idx: Tensor,
         y: Tensor | None = None,
         *,
+        grid: tuple[int, int] | None = None,
         return_weights: bool = False,
         reverse: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -412,6 +431,8 @@ class RelationConv(_GraphConv):
             x: nodes (B, N, C).
             idx: neighbours (B, N, k) into y, from `DilatedKnnGraph`.
             y: keys (B, M, C); None takes x.
+            grid: height and width of x's grid, for "diff+pos"; None supposes a square. y is the same grid, or
+                that of its averages over squares.
             return_weights: also return α (B, N, k, H), or for "gate" the gates 2 σ(g), (B, N, k, C or H).
             reverse: `fer_kernels.reverse_graph(idx, M)`, where several layers share one graph on a GPU.
                 "both" makes its own for its two aggregations.
@@ -421,13 +442,22 @@ class RelationConv(_GraphConv):
         """
         here = type(self).__name__
         checks.a_bool(here, "return_weights", return_weights)
-        idx, keys = self._checked(x, idx, y, values=self.conv == "gate")
+        plain = self.conv == "gate" or self.features == "diff+dist"
+        idx, keys = self._checked(x, idx, y, values=plain)
         w_a, w_b = self.relation.weight.chunk(2, 1)
         p = F.linear(x, w_a - w_b, self.relation.bias).to(x.dtype)  # autocast may make these
         q = F.linear(keys, w_b).to(x.dtype)  # of another dtype than x
-        if self.conv == "gate":
-            m, weights = self._gated(x, idx, keys, p, q)
-            out = self.projection(x, m)
+        if self.features == "diff+pos":
+            of_x, of_y = _places(x.shape[1], keys.shape[1], grid, self.position)
+            p = p - F.linear(of_x, self.position).to(x.dtype)
+            q = q + F.linear(of_y, self.position).to(x.dtype)
+        if plain:
+            m, weights = self._plain(x, idx, keys, p, q)
+            also = None
+            if self.conv == "both":
+                also = self.sum_projection(m)
+                m = relation_aggregate(x, idx, y, mode="mr", reverse=reverse)
+            out = self.projection(x, m, also)
             return (out, weights) if return_weights else out
 
         trained = torch.is_grad_enabled() and (x.requires_grad or keys.requires_grad or p.requires_grad)
@@ -453,25 +483,69 @@ class RelationConv(_GraphConv):
         out = self.projection(x, m, also)
         return (out, found[1]) if return_weights else out
 
-    def _gated(self, x: Tensor, idx: Tensor, keys: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """m (B, N, C) and the gates; holds edge tensors of R and of C channels."""
-        relation = F.leaky_relu(p.unsqueeze(2) + neighbours(q, idx), self.negative_slope)
+    def _plain(self, x: Tensor, idx: Tensor, keys: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """m (B, N, C), the sum for "both", and the weights or gates; holds edge tensors of R and of C
+        channels."""
+        relation = p.unsqueeze(2) + neighbours(q, idx)
+        if self.features == "diff+dist":
+            relation = relation + _distances(x, keys, idx).unsqueeze(-1) * self.distance.to(x.dtype)
+        relation = F.leaky_relu(relation, self.negative_slope)
         delta = neighbours(keys, idx) - x.unsqueeze(2)
-        if self.gate == "channel":
+        if self.conv == "gate" and self.gate == "channel":
             gates = 2 * torch.sigmoid(F.linear(relation, self.gate_weight)).to(x.dtype)
             return (gates * delta).max(2).values, gates
         logits = (relation.unflatten(-1, self.a.shape) * self.a.to(x.dtype)).sum(-1)
-        gates = 2 * torch.sigmoid(logits).to(x.dtype)
-        gated = delta.unflatten(-1, (self.heads, -1)) * gates.unsqueeze(-1)
-        return gated.flatten(-2).max(2).values, gates
+        weights = 2 * torch.sigmoid(logits) if self.conv == "gate" else torch.softmax(logits, 2)
+        weights = weights.to(x.dtype)
+        weighted = (delta.unflatten(-1, (self.heads, -1)) * weights.unsqueeze(-1)).flatten(-2)
+        if self.conv in ("rsum", "both"):
+            return weighted.sum(2), weights
+        return (weighted if self.conv == "gate" else idx.shape[2] * weighted).max(2).values, weights
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, conv={self.conv!r}, relation_dim={self.relation_dim}"
+        if self.features != "diff":
+            text += f", relation={self.features!r}"
         if self.conv == "gate":
             text += f", gate={self.gate!r}"
         if self.conv != "gate" or self.gate == "head":
             text += f", heads={self.heads}"
         return f"{text}, negative_slope={self.negative_slope:g}"
+
+
+@torch.no_grad()
+def _distances(x: Tensor, keys: Tensor, idx: Tensor) -> Tensor:
+    """(B, N, k), of x's dtype: squared, between directions, and constants as in the graph."""
+    wide = checks.accumulation_dtype(x.dtype)
+    from_x, to_y = (F.normalize(nodes.to(wide), dim=-1) for nodes in (x, keys))
+    return (from_x.unsqueeze(2) - neighbours(to_y, idx)).square().sum(-1).to(x.dtype)
+
+
+def _places(queries: int, keys: int, grid: tuple[int, int] | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the nodes' centres, (N, 2), and of the keys', (M, 2); the grid is from -1 to 1."""
+    here = "RelationConv"
+    if grid is None:
+        side = math.isqrt(queries)
+        if side * side != queries:
+            raise ValueError(
+                f"{here}: relation='diff+pos' needs grid for {queries} nodes, which are no square"
+            )
+        grid = (side, side)
+    check_grid(here, grid, queries)
+    height, width = grid
+    fitting = (r for r in range(1, min(grid) + 1) if (height // r) * (width // r) == keys)
+    reduction = next(fitting, None)
+    if reduction is None:
+        raise ValueError(f"{here}: {keys} keys are not the averages over squares of a grid of {tuple(grid)}")
+
+    def centres(step: int) -> Tensor:
+        sides = [
+            (torch.arange(side // step, device=like.device, dtype=like.dtype) + 0.5) * (2 * step / side) - 1
+            for side in (height, width)
+        ]
+        return torch.stack(torch.meshgrid(*sides, indexing="ij"), -1).flatten(0, 1)
+
+    return centres(1), centres(reduction)
 
 
 class EdgeConv(_GraphConv):
@@ -590,7 +664,7 @@ class DynamicGraphConv(nn.Module):
         Args:
             x: nodes (B, N, C).
             y: keys (B, M, C); None takes x.
-            grid, generator: for the graph; see `DilatedKnnGraph`.
+            grid, generator: for the graph, see `DilatedKnnGraph`; the grid for relation="diff+pos" too.
             return_graph: also return idx.
             return_weights: also return the convolution's weights, from a `RelationConv`.
 
@@ -599,10 +673,13 @@ class DynamicGraphConv(nn.Module):
         """
         checks.a_bool(type(self).__name__, "return_graph", return_graph)
         idx = self.dynamic_graph(x, y, grid=grid, generator=generator)
+        places: dict[str, Any] = {}
+        if isinstance(self.conv, RelationConv) and self.conv.features == "diff+pos":
+            places = {"grid": grid}
         if return_weights:
-            nodes, weights = self.conv(x, idx, y, return_weights=True)
+            nodes, weights = self.conv(x, idx, y, return_weights=True, **places)
             return (nodes, idx, weights) if return_graph else (nodes, weights)
-        nodes = self.conv(x, idx, y)
+        nodes = self.conv(x, idx, y, **places)
         return (nodes, idx) if return_graph else nodes
 
 

@@ -95,7 +95,7 @@ class DilatedKnnGraph(nn.Module):
         if y is not None:
             checks.floating_nodes(here, "y", y)
         if grid is not None and self.relative_position is None:
-            _check_grid(here, grid, x.shape[1])
+            check_grid(here, grid, x.shape[1])
         queries, keys = x.shape[1], (x if y is None else y).shape[1]
         dilation = self._dilation_for(queries, keys)
         bias = None
@@ -191,7 +191,7 @@ class RelativePosition(nn.Module):
         """
         here = type(self).__name__
         if grid is not None:
-            _check_grid(here, grid, queries)
+            check_grid(here, grid, queries)
             wanted = (grid[0] // self.reduction) * (grid[1] // self.reduction)
             if keys != wanted:
                 raise ValueError(
@@ -259,7 +259,7 @@ def relative_position_table(
         raise ValueError(f"{here}: channels must be divisible by 4, got {channels}")
     if isinstance(grid, int):
         grid = (grid, grid)
-    _check_grid(here, grid)
+    check_grid(here, grid)
     height, width = grid
     if min(height, width) < reduction:
         raise ValueError(f"{here}: reduction {reduction} exceeds a side of the grid {tuple(grid)}")
@@ -282,7 +282,7 @@ def _resize(table: Tensor, queries: int, keys: int) -> Tensor:
     return wide.squeeze(0).to(table.dtype)
 
 
-def _check_grid(here: str, grid: Any, nodes: int | None = None) -> None:
+def check_grid(here: str, grid: Any, nodes: int | None = None) -> None:
     if not isinstance(grid, (tuple, list)) or len(grid) != 2:
         raise TypeError(f"{here}: grid must be (height, width), got {grid!r}")
     for side in grid:

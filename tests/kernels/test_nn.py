@@ -60,13 +60,22 @@ def interleaved(*parts):
     return rows
 
 
-def aggregate(conv, name, x_i, neighbours):
+def unit(rows):
+    return rows / rows.norm(dim=-1, keepdim=True)
+
+
+def aggregate(conv, name, x_i, neighbours, offsets=None):
     """What one node makes of its (k, C) neighbours, edge by edge: the aggregates, and the weights."""
     delta = neighbours - x_i
     if name == "mr":
         return (delta.amax(0),), None
     edges = torch.cat([x_i.expand_as(delta), delta], 1)
-    r = F.leaky_relu(edges @ conv.relation.weight.T + conv.relation.bias, conv.negative_slope)
+    r = edges @ conv.relation.weight.T + conv.relation.bias
+    if conv.features == "diff+dist":
+        r = r + torch.outer((unit(neighbours) - unit(x_i)).square().sum(1), conv.distance)
+    if conv.features == "diff+pos":
+        r = r + offsets @ conv.position.T
+    r = F.leaky_relu(r, conv.negative_slope)
     if name == "gate" and conv.gate == "channel":
         gates = 2 / (1 + torch.exp(-(r @ conv.gate_weight.T)))
         return ((gates * delta).amax(0),), gates
@@ -83,8 +92,9 @@ def aggregate(conv, name, x_i, neighbours):
     return (delta.amax(0), (wide * delta).sum(0)), weights
 
 
-def naive(conv, name, x, idx, y, training=False):
-    """The convolution node by node: (B, N, out), and the weights where it has any."""
+def naive(conv, name, x, idx, y, training=False, places=None):
+    """The convolution node by node: (B, N, out), and the weights where it has any. `places`: of nodes and of
+    keys."""
     keys = x if y is None else y
     batch, nodes, k = idx.shape
     where = [(b, i) for b in range(batch) for i in range(nodes)]
@@ -104,7 +114,8 @@ def naive(conv, name, x, idx, y, training=False):
         sums = torch.stack([n.sum(0) for n in found])
         out = basic_conv(conv.projection, (1 + conv.eps) * centres + sums, training)
     else:
-        results = [aggregate(conv, name, c, n) for c, n in zip(centres, found, strict=True)]
+        offsets = [places and places[1][idx[b, i]] - places[0][i] for b, i in where]
+        results = [aggregate(conv, name, *edges) for edges in zip(centres, found, offsets, strict=True)]
         parts = [torch.stack(part) for part in zip(*(aggregates for aggregates, _ in results), strict=True)]
         if name != "mr":
             weights = torch.stack([w for _, w in results]).view(batch, nodes, k, -1)
@@ -134,6 +145,50 @@ def test_formula(name, own_keys, training):
         nodes, found = conv(x, idx, y, return_weights=True)
         torch.testing.assert_close(found, weights, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(nodes, expected, rtol=1e-10, atol=1e-10)
+
+
+GRID, REDUCED = (4, 3), (2, 1)  # averages over 2 x 2 leave the last column out
+
+
+def places(grid, step):
+    """Of the centres of squares of `step` x `step` nodes of a grid from -1 to 1."""
+    rows = [-1 + (step * row + step / 2) / 2 for row in range(grid[0])]
+    columns = [-1 + (step * column + step / 2) * 2 / 3 for column in range(grid[1])]
+    return torch.tensor([(row, column) for row in rows for column in columns], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("relation", ["diff+pos", "diff+dist"])
+@pytest.mark.parametrize("own_keys", [True, False], ids=["x", "y"])
+@pytest.mark.parametrize("name", RELATION)
+def test_formula_with_places_and_distances(name, own_keys, relation):
+    conv = make(name, relation=relation).eval()
+    x, idx, y = inputs(own_keys)
+    if not own_keys:
+        y, idx = y[:, :2], idx % 2  # repeats are neighbours twice
+    where = (places(GRID, 1), places(GRID, 1) if own_keys else places(REDUCED, 2))
+    expected, weights = naive(conv, name, x, idx, y, places=where)
+    for nodes, found in (
+        conv(x, idx, y, grid=GRID, return_weights=True),
+        DynamicGraphConv(Given(idx), conv)(x, y, grid=GRID, return_weights=True),
+    ):
+        torch.testing.assert_close(nodes, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found, weights, rtol=1e-10, atol=1e-10)
+    conv.reset_parameters()
+    same = make(name).eval()
+    missing = same.load_state_dict(conv.state_dict(), strict=False)
+    assert missing.unexpected_keys == ["position" if relation == "diff+pos" else "distance"]
+    torch.testing.assert_close(conv(x, idx, y, grid=GRID), same(x, idx, y))
+
+
+class Given(nn.Module):
+    """A graph that is there."""
+
+    def __init__(self, idx) -> None:
+        super().__init__()
+        self.idx = idx
+
+    def forward(self, x, y=None, **options):
+        return self.idx
 
 
 def test_formula_of_the_head_gate():
@@ -608,9 +663,9 @@ def test_the_package_does_not_import_the_modules():
     import subprocess
     import sys
 
-    code = "import sys, fer_kernels; print('fer_kernels.nn' in sys.modules); from fer_kernels import nn"
+    code = "import sys, fer_kernels; print('fer_kernels.nn' in sys.modules, fer_kernels.nn.GINConv.__name__)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "False"
+    assert run.stdout.strip() == "False GINConv"
 
 
 # --- errors ---
@@ -659,6 +714,13 @@ IDX = torch.zeros(B, N, K, dtype=torch.long)
         (lambda: RelativePosition(8, 4, 5), ValueError, "reduction 5 exceeds a side of the grid"),
         (lambda: RelativePosition(8, (4, 0)), ValueError, "grid's sides must be at least 1, got 0"),
         (lambda: RelativePosition(8, "4"), TypeError, "grid must be"),
+        (lambda: RelationConv(8, 8, relation="dist"), ValueError, "unknown relation 'dist': expected one of"),
+        (lambda: RelationConv(C, 8, relation="diff+pos")(X, IDX), ValueError, "needs grid for 12 nodes"),
+        (
+            lambda: RelationConv(C, 8, relation="diff+pos")(X, IDX, X[:, :5], grid=(4, 3)),
+            ValueError,
+            r"5 keys are not the averages over squares of a grid of \(4, 3\)",
+        ),
         (lambda: graph_nn.GroupedLinear(6, 8), ValueError, "in_channels = 6 .* groups = 4"),
         (lambda: graph_nn.GroupedLinear(8, 8)(X[..., :4]), ValueError, r"x must be \(\.\.\., 8\)"),
         (lambda: graph_nn.MaxRelativeConv(0, 8), ValueError, "MaxRelativeConv: in_channels must be at least"),

@@ -52,6 +52,31 @@ def test_convolutions(conv, x):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("relation", ["diff+pos", "diff+dist"])
+@pytest.mark.parametrize("pyramid", [False, True])
+def test_places_and_distances_in_relations(relation, pyramid):
+    """They start as nothing, learn once the relation has weights, and take a grid that is no square."""
+    name = "face2nodes_pyramid_ti" if pyramid else "face2nodes_nano"
+    models = []
+    for options in ({}, {"conv_options": {"relation": relation}}):
+        torch.manual_seed(0)
+        depths = (1,) * 4 if pyramid else (2,)
+        models.append(fer_models.create_model(name, depths=depths, k=4, **options).eval())
+    plain, model = models
+    x = torch.randn(2, 3, 64, 128, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+        for parameter, value in model.named_parameters():
+            if parameter.endswith(".a"):
+                value.normal_()
+    model.train()(x).square().mean().backward()
+    learned = {
+        name: p.grad for name, p in model.named_parameters() if name.endswith(("position", "distance"))
+    }
+    assert len(learned) == sum(model.depths)
+    assert all(grad.isfinite().all() and grad.abs().max() > 0 for grad in learned.values())
+
+
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("pyramid", [False, True])
 def test_fusions(fusion, pyramid, x):
