@@ -120,6 +120,8 @@ def build(
     **kwargs: Any,
 ) -> Any:
     """What every registered function returns; timm's `build_model_with_cfg` of this class where timm asks."""
+    if kwargs.get("features_only") and not hasattr(model_class, "forward_intermediates"):
+        raise ValueError(f"{name} has no stages for features_only; `forward_features` gives its last map")
     if pretrained or kwargs.get("features_only") or "pretrained_cfg" in kwargs:
         from timm.models import build_model_with_cfg
 

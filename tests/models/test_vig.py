@@ -6,6 +6,7 @@ import logging
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -299,6 +300,13 @@ def test_small_grids_limit_the_graph_with_one_warning(caplog):
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         fer_models.create_model("vig_ti", **{"depths": (1,), **options})
+
+
+@pytest.mark.parametrize("name", ["jadfer_xs", "lnlattennet_xs", "emotion_gcn_resnet18"])
+def test_features_only_needs_stages(name):
+    for create in (fer_models.create_model, timm.create_model):
+        with pytest.raises(ValueError, match=f"{name} has no stages for features_only"):
+            create(name, features_only=True)
 
 
 @pytest.mark.parametrize("name, stages", [("vig_ti", 1), ("pvig_ti", 4)])
