@@ -88,7 +88,7 @@ def explain(
         raise ValueError(f"explain: {model.name} has no graph of nodes, so no node or layers to choose")
     if path is not None and not Path(path).parent.is_dir():
         raise FileNotFoundError(f"explain: no folder {Path(path).parent} to write {Path(path).name} to")
-    if path is not None and Path(path).suffix not in PICTURES:
+    if path is not None and Path(path).suffix.lower() not in PICTURES:
         raise ValueError(f"explain: {path} must end in {', '.join(PICTURES)}")
     names = shown_names(model, classes)
     size = input_side(model) if size is None else size
