@@ -17,8 +17,8 @@ From scratch on FERPlus' training split (FER2013Train, probability protocol, vot
 FER2013Valid (majority protocol), no test-time averaging; the best epoch of each run, under autocast to
 bfloat16 as it was trained. All with the recipe
 [ferplus_face2nodes_xs](../fer_models/recipes/ferplus_face2nodes_xs.yaml) and the options listed below.
-Everything on this page is written by `tools/ferplus_results.sh DATA OUT EPOCHS SEEDS`. What few epochs
-leave untold: the weights that come with the package were trained for longer, [weights](weights) says what they reach.
+Everything on this page is written by `tools/ferplus_results.sh DATA OUT EPOCHS SEEDS`. The weights that come
+with the package were trained for longer: [weights](weights) says what they reach.
 
 | model | parameters | epochs | seeds | accuracy | mean class accuracy | macro F1 |
 |---|---:|---:|---:|---:|---:|---:|"""

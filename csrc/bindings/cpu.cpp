@@ -5,6 +5,7 @@
 #include <atomic>
 #include <mutex>
 #include <numeric>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -94,8 +95,10 @@ void check_indices(const int64_t* idx, int64_t count, int64_t keys) {
     const std::lock_guard<std::mutex> lock(mutex);
     low = std::min(low, least), high = std::max(high, most);
   });
-  STD_TORCH_CHECK(count == 0 || (low >= 0 && high < keys), "relation_aggregate: idx must lie in [0, M) with M = ", keys,
-                  ", but idx holds values from ", low, " to ", high);
+  if (count != 0 && (low < 0 || high >= keys)) {  // not by STD_TORCH_CHECK, which names this file: a user's mistake
+    throw std::runtime_error("relation_aggregate: idx must lie in [0, M) with M = " + std::to_string(keys) +
+                             ", but idx holds values from " + std::to_string(low) + " to " + std::to_string(high));
+  }
 }
 
 // Units worth waking a thread for: about a tenth of a millisecond.
