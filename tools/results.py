@@ -14,8 +14,8 @@ COLUMNS = ("accuracy", "mean_class_accuracy", "macro_f1")
 HEAD = """# Results
 
 From scratch on FERPlus' training split (FER2013Train, probability protocol, votes as targets), validated on
-FER2013Valid (majority protocol), no test-time averaging; the best epoch of each run, under autocast to
-bfloat16 as it was trained. All with the recipe
+FER2013Valid (majority protocol), no test-time averaging; the best epoch of each run, in the precision that it
+was trained in (autocast to bfloat16, unless its command says `--no-amp`). All with the recipe
 [ferplus_face2nodes_xs](../fer_models/recipes/ferplus_face2nodes_xs.yaml) and the options listed below.
 Everything on this page is written by `tools/ferplus_results.sh DATA OUT EPOCHS SEEDS`. The weights that come
 with the package were trained for longer: [weights](weights) says what they reach.
