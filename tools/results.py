@@ -9,6 +9,7 @@ import yaml
 
 from fer_models.train.checkpoint import BEST, load_checkpoint
 from fer_models.train.config import TrainConfig
+from fer_models.train.engine import FREE  # what does not change a result
 
 COLUMNS = ("accuracy", "mean_class_accuracy", "macro_f1")
 HEAD = """# Results
@@ -36,7 +37,7 @@ def command(run: Path) -> str:
     recipe, config = TrainConfig.read(RECIPE), TrainConfig.read(run / "config.yaml")
     words = [f"fer train {RECIPE} --root DATA"]
     for name, value in vars(config).items():
-        if name in ("root", "seed") or value == getattr(recipe, name):
+        if name in (*FREE, "seed") or value == getattr(recipe, name):
             continue
         if isinstance(value, bool):
             words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
