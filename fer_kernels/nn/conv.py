@@ -451,37 +451,33 @@ class RelationConv(_GraphConv):
             of_x, of_y = _places(x.shape[1], keys.shape[1], grid, self.position)
             p = p - F.linear(of_x, self.position).to(x.dtype)
             q = q + F.linear(of_y, self.position).to(x.dtype)
-        if plain:
-            m, weights = self._plain(x, idx, keys, p, q)
-            also = None
-            if self.conv == "both":
-                also = self.sum_projection(m)
-                m = relation_aggregate(x, idx, y, mode="mr", reverse=reverse)
-            out = self.projection(x, m, also)
-            return (out, weights) if return_weights else out
-
         trained = torch.is_grad_enabled() and (x.requires_grad or keys.requires_grad or p.requires_grad)
         if self.conv == "both" and reverse is None and trained and x.device.type == "cuda":
             reverse = reverse_graph(idx, keys.shape[1])
-        found: Any = relation_aggregate(  # type: ignore[call-overload]  # a tensor or two
-            x,
-            idx,
-            y,
-            p=p,
-            q=q,
-            a=self.a.to(x.dtype),
-            mode="rsum" if self.conv == "both" else self.conv,
-            negative_slope=self.negative_slope,
-            return_weights=return_weights,
-            reverse=reverse,
-        )
-        m = found[0] if return_weights else found
+        found: Any  # a tensor or two
+        if plain:
+            found = self._plain(x, idx, keys, p, q)
+        else:
+            found = relation_aggregate(  # type: ignore[call-overload]
+                x,
+                idx,
+                y,
+                p=p,
+                q=q,
+                a=self.a.to(x.dtype),
+                mode="rsum" if self.conv == "both" else self.conv,
+                negative_slope=self.negative_slope,
+                return_weights=return_weights,
+                reverse=reverse,
+            )
+        weights: Any
+        m, weights = found if plain or return_weights else (found, None)
         also = None
         if self.conv == "both":
             also = self.sum_projection(m)
             m = relation_aggregate(x, idx, y, mode="mr", reverse=reverse)
         out = self.projection(x, m, also)
-        return (out, found[1]) if return_weights else out
+        return (out, weights) if return_weights else out
 
     def _plain(self, x: Tensor, idx: Tensor, keys: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """m (B, N, C), the sum for "both", and the weights or gates; holds edge tensors of R and of C

@@ -182,9 +182,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     file = Path(path)
     if not file.suffix:
         file = RECIPES / f"{path}.yaml"
-    if Path(path).suffix and not file.is_file():
-        raise ConfigError(f"no file {path}")
     if not file.is_file():
+        if Path(path).suffix:
+            raise ConfigError(f"no file {path}")
         known = recipes()
         raise ConfigError(
             f"no configuration {path}; recipes are {', '.join(known)}" + nearest(str(path), known)

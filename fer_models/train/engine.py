@@ -78,15 +78,13 @@ class Trainer:
 
         self._prepare_folder(resume)
         self._found_options = dict[str, Any]()
-        self.num_classes = 0
+        self.num_classes = 0  # not known yet
         self.num_classes = self._count_classes()
         torch.manual_seed(config.seed)
         self.model = self._make_model()
         imagenet = wants_imagenet(self.model)
-        self.train_data, self.valid_data = self._make_data(
-            make_transform(self.size, config.augment, imagenet=imagenet),
-            eval_transform(self.size, imagenet=imagenet),
-        )
+        self.train_data = self._dataset(True, make_transform(self.size, config.augment, imagenet=imagenet))
+        self.valid_data = self._dataset(False, eval_transform(self.size, imagenet=imagenet))
         self.steps = Steps(
             self.train_data,
             config.batch_size,
@@ -184,12 +182,11 @@ class Trainer:
             return config.data_options.get("classes", 8)
         if not kind.counts_classes:
             return kind.default_classes
-        train, valid = self._make_data()
-        return max(train.num_classes, valid.num_classes)
+        return max(self._dataset(train).num_classes for train in (True, False))
 
     def _train_targets(self) -> Targets:
         """What is known of all images that are trained on, but the images."""
-        data, _ = self._make_data()
+        data = self._dataset(True)
         affect = [(record.valence, record.arousal) for record in data.records]
         return Targets(
             torch.tensor(data.labels),
@@ -202,23 +199,15 @@ class Trainer:
         """Pixels a side."""
         return self.config.size or input_side(self.model)
 
-    def _make_data(self, train: Any = None, valid: Any = None) -> tuple[Any, Any]:
-        """What is trained and validated on, with these transforms."""
+    def _dataset(self, train: bool, transform: Any = None) -> Any:
+        """What is trained or validated on."""
         config = self.config
-        options = config.data_options
+        options = config.data_options if train else {**config.data_options, **config.valid_options}
         kind = DATASETS.get(config.data)
         if kind is not None and kind.counts_classes and self.num_classes:
             options = {"classes": self.num_classes, **options}  # where only one of the splits has them all
-        return (
-            create_dataset(config.data, config.root or None, "train", transform=train, **options),
-            create_dataset(
-                config.data,
-                config.root or None,
-                validation_split(config.data, config.valid_split),
-                transform=valid,
-                **{**options, **config.valid_options},
-            ),
-        )
+        split = "train" if train else validation_split(config.data, config.valid_split)
+        return create_dataset(config.data, config.root or None, split, transform=transform, **options)
 
     def _make_criterion(self) -> Criterion:
         weights = None
