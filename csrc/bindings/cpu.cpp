@@ -250,19 +250,22 @@ void run_norm(const Call& call, void (*sum)(const Call&, double*, int64_t, int64
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& x, std::optional<Tensor> weight, std::optional<Tensor> bias,
-                                        double eps, bool gelu) {
-  const auto call = fer::bindings::norm_forward(x, weight, bias, eps, gelu);
+                                        std::optional<Tensor> residual, std::optional<Tensor> gain, double eps,
+                                        int64_t act) {
+  const auto call = fer::bindings::norm_forward(x, weight, bias, residual, gain, eps, act);
   run_norm<fer::NormForward>(call, FER_PICK(norm_stats), FER_PICK(norm_merge), FER_PICK(norm_apply));
   return {call.y_tensor, call.mean_tensor, call.var_tensor};
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& x, std::optional<Tensor> weight,
-                                                 std::optional<Tensor> bias, const Tensor& mean, const Tensor& var,
-                                                 double eps, bool gelu) {
-  const auto call = fer::bindings::norm_backward(grad, x, weight, bias, mean, var, eps, gelu);
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& x,
+                                                         std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                                         std::optional<Tensor> residual, std::optional<Tensor> gain,
+                                                         const Tensor& mean, const Tensor& var, double eps,
+                                                         int64_t act) {
+  const auto call = fer::bindings::norm_backward(grad, x, weight, bias, residual, gain, mean, var, eps, act);
   run_norm<fer::NormBackward>(call, FER_PICK(norm_backward_sums), FER_PICK(norm_backward_merge),
                               FER_PICK(norm_backward_apply));
-  return {call.dx_tensor, call.dweight_tensor, call.dbias_tensor};
+  return {call.dx_tensor, call.dweight_tensor, call.dbias_tensor, call.dresidual_tensor};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fer_kernels, CPU, m) {

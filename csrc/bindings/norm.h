@@ -14,34 +14,52 @@ struct NormForwardCall : NormForward {
 };
 struct NormBackwardCall : NormBackward {
   std::vector<Tensor> inputs;
-  Tensor dx_tensor, dweight_tensor, dbias_tensor;
+  Tensor dx_tensor, dweight_tensor, dbias_tensor, dresidual_tensor;
 };
 
-// The Python front checks with better words; this keeps direct calls of torch.ops memory-safe.
+// What both directions take. The Python front checks with better words; this keeps direct calls of torch.ops
+// memory-safe.
 template <class Call>
 void fill_norm(Call& call, const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-               double eps, bool gelu) {
+               const std::optional<Tensor>& residual, const std::optional<Tensor>& gain, double eps, int64_t act,
+               const Tensor* like_y) {
   STD_TORCH_CHECK(x.dim() == 2 && x.size(0) >= 1, "norm: x must be (rows, C) with a row");
+  STD_TORCH_CHECK(act >= 0 && act <= static_cast<int64_t>(NormAct::gelu), "norm: unknown act ", act);
   call.rows = x.size(0), call.channels = x.size(1);
   call.dtype = to_dtype(x.scalar_type());
-  call.eps = eps, call.gelu = gelu;
+  call.eps = eps, call.act = static_cast<NormAct>(act);
   call.x = contiguous_input(call, x);
   const ScalarType wide = accumulation_type(call.dtype);
-  const auto of_channels = [&](const Tensor& t) {
-    STD_TORCH_CHECK(is_shape(t, {x.size(1)}) && t.scalar_type() == wide && t.device() == x.device(),
-                    "norm: weight, bias, mean and var must be (C,) on x's device, float64 for float64, else float32");
+  const auto numbers = [&](const Tensor& t, int64_t count) {
+    STD_TORCH_CHECK(is_shape(t, {count}) && t.scalar_type() == wide && t.device() == x.device(),
+                    "norm: weight, bias, mean, var (C,) and gain (S,) must be on x's device, float64 for float64, "
+                    "else float32");
     return contiguous_input(call, t);
   };
-  call.weight = weight ? of_channels(*weight) : nullptr;
-  call.bias = bias ? of_channels(*bias) : nullptr;
+  call.weight = weight ? numbers(*weight, call.channels) : nullptr;
+  call.bias = bias ? numbers(*bias, call.channels) : nullptr;
+  call.samples = gain ? gain->size(0) : 1;
+  STD_TORCH_CHECK(call.samples >= 1 && call.rows % call.samples == 0, "norm: gain must divide the rows");
+  call.gain = gain ? numbers(*gain, call.samples) : nullptr;
+  for (const Tensor* t : {like_y, residual ? &*residual : nullptr})
+    if (t) {
+      STD_TORCH_CHECK(is_shape(*t, {call.rows, call.channels}) && t->device() == x.device() &&
+                          (t->scalar_type() == x.scalar_type() || t->scalar_type() == wide),
+                      "norm: residual and gradient must be as x, or float32");
+      call.wide = t->scalar_type() != x.scalar_type();
+    }
+  STD_TORCH_CHECK(!residual || !like_y || residual->scalar_type() == like_y->scalar_type(),
+                  "norm: the gradient must have the residual's dtype");
+  call.residual = residual ? contiguous_input(call, *residual) : nullptr;
 }
 
 inline NormForwardCall norm_forward(const Tensor& x, const std::optional<Tensor>& weight,
-                                    const std::optional<Tensor>& bias, double eps, bool gelu) {
+                                    const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                                    const std::optional<Tensor>& gain, double eps, int64_t act) {
   NormForwardCall call{};
-  fill_norm(call, x, weight, bias, eps, gelu);
+  fill_norm(call, x, weight, bias, residual, gain, eps, act, nullptr);
   const ScalarType wide = accumulation_type(call.dtype);
-  call.y_tensor = torch::stable::new_empty(x, {call.rows, call.channels});
+  call.y_tensor = torch::stable::new_empty(x, {call.rows, call.channels}, call.wide ? wide : x.scalar_type());
   call.mean_tensor = torch::stable::new_empty(x, {call.channels}, wide);
   call.var_tensor = torch::stable::new_empty(x, {call.channels}, wide);
   call.y = call.y_tensor.mutable_data_ptr();
@@ -51,11 +69,11 @@ inline NormForwardCall norm_forward(const Tensor& x, const std::optional<Tensor>
 }
 
 inline NormBackwardCall norm_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& weight,
-                                      const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& var,
-                                      double eps, bool gelu) {
+                                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                                      const std::optional<Tensor>& gain, const Tensor& mean, const Tensor& var,
+                                      double eps, int64_t act) {
   NormBackwardCall call{};
-  fill_norm(call, x, weight, bias, eps, gelu);
-  STD_TORCH_CHECK(is_like(grad, x, {call.rows, call.channels}), "norm: the gradient must be as x");
+  fill_norm(call, x, weight, bias, residual, gain, eps, act, &grad);
   const ScalarType wide = accumulation_type(call.dtype);
   for (const Tensor* t : {&mean, &var})
     STD_TORCH_CHECK(is_shape(*t, {call.channels}) && t->scalar_type() == wide && t->device() == x.device(),
@@ -66,9 +84,12 @@ inline NormBackwardCall norm_backward(const Tensor& grad, const Tensor& x, const
   call.dx_tensor = torch::stable::new_empty(x, {call.rows, call.channels});
   call.dweight_tensor = torch::stable::new_empty(x, {call.channels}, wide);
   call.dbias_tensor = torch::stable::new_empty(x, {call.channels}, wide);
+  const int64_t kept = residual ? call.rows : 0;
+  call.dresidual_tensor = torch::stable::new_empty(x, {kept, call.channels}, grad.scalar_type());
   call.dx = call.dx_tensor.mutable_data_ptr();
   call.dweight = call.dweight_tensor.mutable_data_ptr();
   call.dbias = call.dbias_tensor.mutable_data_ptr();
+  call.dresidual = residual ? call.dresidual_tensor.mutable_data_ptr() : nullptr;
   return call;
 }
 

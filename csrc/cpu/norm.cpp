@@ -1,4 +1,4 @@
-// norm on the CPU: batch norm of rows, and its activation in the same passes. Compiled once for every
+// norm on the CPU: batch norm of rows, and what follows it in the same passes. Compiled once for every
 // instruction set (see simd.h).
 //
 // Rows are contiguous and channels lie in the lanes, so a pass streams through memory, and statistics are
@@ -25,9 +25,16 @@ inline Vec<A> load_lanes(const E* from, Whole) {
 }
 template <class A, class E>
 inline Vec<A> load_lanes(const E* from, int count) {
-  Vec<A> v{};
-  for (int l = 0; l < count; ++l) v[l] = widen<A>(from[l]);
-  return v;
+  E lanes[kLanes<A>] = {};
+#if defined(__AVX512F__)
+  // a copy of unknown length is a call, and 24 channels would make it for every row
+  if constexpr (sizeof(E) == 2) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), _mm256_maskz_loadu_epi16((1u << count) - 1, from));
+    return load_as<A>(lanes);
+  }
+#endif
+  for (int l = 0; l < count; ++l) lanes[l] = from[l];
+  return load_as<A>(lanes);
 }
 
 template <class A, class E>
@@ -49,7 +56,21 @@ inline void store_lanes(E* to, Vec<A> v, Whole) {
 }
 template <class A, class E>
 inline void store_lanes(E* to, Vec<A> v, int count) {
-  for (int l = 0; l < count; ++l) to[l] = narrow<E>(v[l]);
+  E lanes[kLanes<A>];
+  store_lanes<A>(lanes, v, Whole{});
+#if defined(__AVX512F__)
+  if constexpr (sizeof(E) == 2) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes));
+    return _mm256_mask_storeu_epi16(to, (1u << count) - 1, halves);
+  }
+#endif
+  for (int l = 0; l < count; ++l) to[l] = lanes[l];
+}
+
+// A pass over four rows at once is many short streams, which the processor does not foresee.
+template <class E>
+inline void fetch_ahead(const E* rows, int64_t channels) {
+  __builtin_prefetch(rows + 4 * channels);
 }
 
 // f(c, Whole) for every whole vector of channels from c, then f(c, count) for what is left.
@@ -108,9 +129,47 @@ inline Vec<double> gelu_slope(Vec<double> z) {
   return z;
 }
 
+// ---- y = act(z) with z = gain * norm + residual, and dz ----
+
+template <NormAct act, class V>
+inline V activate(V z) {
+  if constexpr (act == NormAct::gelu) return gelu(z);
+  if constexpr (act == NormAct::relu) return z < V{} ? V{} : z;  // a NaN stays
+  return z;
+}
+
+template <NormAct act, class V>
+inline V slope(V dy, V z) {
+  if constexpr (act == NormAct::gelu) return dy * gelu_slope(z);
+  if constexpr (act == NormAct::relu) return z > V{} ? dy : V{};
+  return dy;
+}
+
+// f(act, joined) with the call's activation, and whether there is a residual, as constants.
+template <class F>
+inline void with_act(const NormCall& call, F f) {
+  const auto join = [&](auto act) { call.residual ? f(act, std::true_type{}) : f(act, std::false_type{}); };
+  switch (call.act) {
+    case NormAct::none: return join(std::integral_constant<NormAct, NormAct::none>{});
+    case NormAct::relu: return join(std::integral_constant<NormAct, NormAct::relu>{});
+    case NormAct::gelu: return join(std::integral_constant<NormAct, NormAct::gelu>{});
+  }
+}
+
+// The gains of `count` rows from row r.
+template <class A>
+struct Gains {
+  A of[4] = {1, 1, 1, 1};
+  Gains(const NormCall& call, int64_t r, int count) {
+    if (call.gain)
+      for (int i = 0; i < count; ++i)
+        of[i] = static_cast<const A*>(call.gain)[(r + i) / (call.rows / call.samples)];
+  }
+};
+
 // ---- a channel's constants ----
 
-// z = (x - mean) * scale + bias
+// norm = (x - mean) * scale + bias
 template <class A>
 struct Constants {
   Buffer<A> mean, scale, bias, rstd;
@@ -171,6 +230,7 @@ void stats(const NormForward& call, double* parts, int64_t begin, int64_t end) {
         const Vec<A> from = load(centre.get() + c);
         Vec<A> s{}, q{};
         for (int i = 0; i < count; ++i) {
+          fetch_ahead(x + (r + i) * channels + c, channels);
           const Vec<A> d = load_lanes<A>(x + (r + i) * channels + c, part) - from;
           s += d;
           q += d * d;
@@ -209,55 +269,75 @@ void merge_stats(const NormForward& call, const double* parts) {
   }
 }
 
-template <class A, class E>
+template <class A, class E, class R>
 void apply(const NormForward& call, int64_t begin, int64_t end) {
   const int64_t channels = call.channels;
   const auto of = constants(call, static_cast<const A*>(call.mean), static_cast<const A*>(call.var));
   const E* x = static_cast<const E*>(call.x);
-  E* y = static_cast<E*>(call.y);
-  const auto run = [&](auto activate) {
+  const R* residual = static_cast<const R*>(call.residual);
+  R* y = static_cast<R*>(call.y);
+  with_act(call, [&](auto act, auto joined) {
     by_fours(begin * kNormRows, std::min(end * kNormRows, call.rows), [&](int64_t r, auto count) {
+      const Gains<A> gains(call, r, count);
       for_channels<A>(channels, [&](int64_t c, auto part) {
         const Vec<A> mean = load(of.mean.get() + c), scale = load(of.scale.get() + c), bias = load(of.bias.get() + c);
         for (int i = 0; i < count; ++i) {
           const int64_t at = (r + i) * channels + c;
-          Vec<A> z = (load_lanes<A>(x + at, part) - mean) * scale + bias;
-          if constexpr (activate.value) z = gelu(z);
-          store_lanes<A>(y + at, z, part);
+          fetch_ahead(x + at, channels);
+          Vec<A> z = ((load_lanes<A>(x + at, part) - mean) * scale + bias) * gains.of[i];
+          if constexpr (joined()) z += load_lanes<A>(residual + at, part);
+          store_lanes<A>(y + at, activate<act()>(z), part);
         }
       });
     });
-  };
-  call.gelu ? run(std::true_type{}) : run(std::false_type{});
+  });
 }
 
-// dz where z = d * scale + bias and d = x - mean
-template <class A, bool activate>
-inline Vec<A> slope(Vec<A> dy, Vec<A> d, Vec<A> scale, Vec<A> bias) {
-  if constexpr (!activate) return dy;
-  return dy * gelu_slope(d * scale + bias);
-}
+// What the backward passes make of one vector: d = x - mean, dz, and the norm's own gradient.
+template <class A, class E, class R>
+struct Slopes {
+  int64_t channels;
+  const E* x;
+  const R *dy, *residual;
 
-template <class A, class E>
+  explicit Slopes(const NormBackward& call)
+      : channels(call.channels),
+        x(static_cast<const E*>(call.x)),
+        dy(static_cast<const R*>(call.grad)),
+        residual(static_cast<const R*>(call.residual)) {}
+
+  template <NormAct act, bool joined, class Part>
+  void at(int64_t where, Part part, Vec<A> mean, Vec<A> scale, Vec<A> bias, A gain, Vec<A>& d, Vec<A>& dz) const {
+    fetch_ahead(x + where, channels);
+    fetch_ahead(dy + where, channels);
+    d = load_lanes<A>(x + where, part) - mean;
+    dz = load_lanes<A>(dy + where, part);
+    if constexpr (act == NormAct::none) return;
+    Vec<A> z = (d * scale + bias) * gain;
+    if constexpr (joined) z += load_lanes<A>(residual + where, part);
+    dz = slope<act>(dz, z);
+  }
+};
+
+template <class A, class E, class R>
 void backward_sums(const NormBackward& call, double* parts, int64_t begin, int64_t end) {
   const int64_t channels = call.channels, size = padded<A>(channels);
   const auto of = constants(call, static_cast<const A*>(call.mean), static_cast<const A*>(call.var));
+  const Slopes<A, E, R> slopes(call);
   const Buffer<A> sums = allocate<A>(2 * size);
-  const auto run = [&](auto activate) {
+  with_act(call, [&](auto act, auto joined) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t first = chunk * kNormRows, rows = std::min(kNormRows, call.rows - first);
-      const E* x = static_cast<const E*>(call.x) + first * channels;
-      const E* dy = static_cast<const E*>(call.grad) + first * channels;
+      const int64_t first = chunk * kNormRows;
       std::fill_n(sums.get(), 2 * size, A(0));
       A *db = sums.get(), *dw = db + size;
-      by_fours(0, rows, [&](int64_t r, auto count) {
+      by_fours(first, std::min(first + kNormRows, call.rows), [&](int64_t r, auto count) {
+        const Gains<A> gains(call, r, count);
         for_channels<A>(channels, [&](int64_t c, auto part) {
           const Vec<A> mean = load(of.mean.get() + c), scale = load(of.scale.get() + c), bias = load(of.bias.get() + c);
-          Vec<A> b{}, w{};
+          Vec<A> b{}, w{}, d, dz;
           for (int i = 0; i < count; ++i) {
-            const int64_t at = (r + i) * channels + c;
-            const Vec<A> d = load_lanes<A>(x + at, part) - mean;
-            const Vec<A> dz = slope<A, activate.value>(load_lanes<A>(dy + at, part), d, scale, bias);
+            slopes.template at<act(), joined()>((r + i) * channels + c, part, mean, scale, bias, gains.of[i], d, dz);
+            dz *= gains.of[i];
             b += dz;
             w += dz * d;
           }
@@ -268,8 +348,7 @@ void backward_sums(const NormBackward& call, double* parts, int64_t begin, int64
       double* to = parts + chunk * 2 * channels;
       for (int64_t c = 0; c < channels; ++c) to[c] = db[c], to[channels + c] = dw[c];
     }
-  };
-  call.gelu ? run(std::true_type{}) : run(std::false_type{});
+  });
 }
 
 template <class A>
@@ -288,11 +367,12 @@ void merge_gradients(const NormBackward& call, const double* parts) {
   }
 }
 
-template <class A, class E>
+template <class A, class E, class R>
 void backward_apply(const NormBackward& call, int64_t begin, int64_t end) {
   const int64_t channels = call.channels, size = padded<A>(channels);
   const auto of = constants(call, static_cast<const A*>(call.mean), static_cast<const A*>(call.var));
-  // dx = scale * (dz - db / n - d * (rstd * dw / n))
+  const Slopes<A, E, R> slopes(call);
+  // dx = scale * (gain * dz - db / n - d * (rstd * dw / n))
   const Buffer<A> shift = allocate<A>(size), tilt = allocate<A>(size);
   std::fill_n(shift.get(), size, A(0));
   std::fill_n(tilt.get(), size, A(0));
@@ -301,23 +381,30 @@ void backward_apply(const NormBackward& call, int64_t begin, int64_t end) {
     shift[c] = static_cast<const A*>(call.dbias)[c] / rows;
     tilt[c] = of.rstd[c] * static_cast<const A*>(call.dweight)[c] / rows;
   }
-  const E *x = static_cast<const E*>(call.x), *dy = static_cast<const E*>(call.grad);
   E* dx = static_cast<E*>(call.dx);
-  const auto run = [&](auto activate) {
+  R* dresidual = static_cast<R*>(call.dresidual);
+  with_act(call, [&](auto act, auto joined) {
     by_fours(begin * kNormRows, std::min(end * kNormRows, call.rows), [&](int64_t r, auto count) {
+      const Gains<A> gains(call, r, count);
       for_channels<A>(channels, [&](int64_t c, auto part) {
         const Vec<A> mean = load(of.mean.get() + c), scale = load(of.scale.get() + c), bias = load(of.bias.get() + c);
         const Vec<A> less = load(shift.get() + c), along = load(tilt.get() + c);
+        Vec<A> d, dz;
         for (int i = 0; i < count; ++i) {
           const int64_t at = (r + i) * channels + c;
-          const Vec<A> d = load_lanes<A>(x + at, part) - mean;
-          const Vec<A> dz = slope<A, activate.value>(load_lanes<A>(dy + at, part), d, scale, bias);
-          store_lanes<A>(dx + at, scale * (dz - less - d * along), part);
+          slopes.template at<act(), joined()>(at, part, mean, scale, bias, gains.of[i], d, dz);
+          if constexpr (joined()) store_lanes<A>(dresidual + at, dz, part);
+          store_lanes<A>(dx + at, scale * (dz * gains.of[i] - less - d * along), part);
         }
       });
     });
-  };
-  call.gelu ? run(std::true_type{}) : run(std::false_type{});
+  });
+}
+
+// f(accumulation type, x's type, residual's and y's type)
+template <class F>
+void with_types_of(const NormCall& call, F f) {
+  with_types(call.dtype, [&](auto a, auto e) { call.wide ? f(a, e, a) : f(a, e, e); });
 }
 
 }  // namespace
@@ -329,16 +416,16 @@ void norm_merge(const NormForward& call, const double* parts) {
   with_types(call.dtype, [&](auto a, auto) { merge_stats<decltype(a)>(call, parts); });
 }
 void norm_apply(const NormForward& call, int64_t begin, int64_t end) {
-  with_types(call.dtype, [&](auto a, auto e) { apply<decltype(a), decltype(e)>(call, begin, end); });
+  with_types_of(call, [&](auto a, auto e, auto r) { apply<decltype(a), decltype(e), decltype(r)>(call, begin, end); });
 }
 void norm_backward_sums(const NormBackward& call, double* parts, int64_t begin, int64_t end) {
-  with_types(call.dtype, [&](auto a, auto e) { backward_sums<decltype(a), decltype(e)>(call, parts, begin, end); });
+  with_types_of(call, [&](auto a, auto e, auto r) { backward_sums<decltype(a), decltype(e), decltype(r)>(call, parts, begin, end); });
 }
 void norm_backward_merge(const NormBackward& call, const double* parts) {
   with_types(call.dtype, [&](auto a, auto) { merge_gradients<decltype(a)>(call, parts); });
 }
 void norm_backward_apply(const NormBackward& call, int64_t begin, int64_t end) {
-  with_types(call.dtype, [&](auto a, auto e) { backward_apply<decltype(a), decltype(e)>(call, begin, end); });
+  with_types_of(call, [&](auto a, auto e, auto r) { backward_apply<decltype(a), decltype(e), decltype(r)>(call, begin, end); });
 }
 
 }  // namespace fer::cpu::FER_ISA

@@ -15,6 +15,7 @@ from .conv import (
     interleave,
 )
 from .graph import DilatedKnnGraph, RelativePosition, relative_position_table
+from .norm import norm_act, norm_act_maps
 
 __all__ = [
     "CONVS",
@@ -34,5 +35,7 @@ __all__ = [
     "create_conv",
     "drop_schedule",
     "interleave",
+    "norm_act",
+    "norm_act_maps",
     "relative_position_table",
 ]

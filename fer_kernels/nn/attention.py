@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..jad.op import JOINT_OVER, JADStats, additive_mask, jad_attention
 from ..jad.reference import MODES
+from .norm import joined
 
 CONTROLS = ("random", "dropkey")
 
@@ -272,11 +273,15 @@ class DropPath(nn.Module):
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor:
+    def draw(self, x: Tensor) -> Tensor | None:
+        """What each sample of x (B, ...) is multiplied by (B), or None for one."""
         if self.p == 0 or not self.training:
-            return x
-        kept = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1 - self.p)
-        return x * kept.div_(max(1 - self.p, 1e-12))  # p = 1 keeps nothing
+            return None
+        kept = x.new_empty(x.shape[0]).bernoulli_(1 - self.p)
+        return kept.div_(max(1 - self.p, 1e-12))  # p = 1 keeps nothing
+
+    def forward(self, x: Tensor) -> Tensor:
+        return joined(x, None, self.draw(x))
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

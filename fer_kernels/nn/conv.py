@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks, dispatch
-from ..norm import op as norm_op
 from ..relation.op import MAX_NEIGHBOURS, relation_aggregate, reverse_graph
 from ..relation.reference import neighbours
 from .graph import check_grid
+from .norm import fuses, joined, norm_act
 
 Norm = str | Callable[[int], nn.Module] | None
 Act = str | Callable[[], nn.Module] | None
@@ -156,45 +156,38 @@ class Projection(nn.Module):
         self.norm = nn.Identity() if make_norm is None else make_norm(out_channels)
         self.act = nn.Identity() if make_act is None else make_act()
 
-    def forward(self, x: Tensor, m: Tensor | None = None, also: Tensor | None = None) -> Tensor:
-        """x (..., C_in) to (..., C_out); `also` (..., C_out) is added before the norm.
+    def forward(
+        self,
+        x: Tensor,
+        m: Tensor | None = None,
+        also: Tensor | None = None,
+        *,
+        residual: Tensor | None = None,
+        gain: Tensor | None = None,
+    ) -> Tensor:
+        """act(gain * norm(linear(x) + also) + residual), what is None left out.
 
-        With m, x and m are (..., C_in / 2) and what is projected is `interleave(x, m)`.
+        Args:
+            x: (B, ..., C_in), or with m (B, ..., C_in / 2).
+            m: as x; what is projected is `interleave(x, m)`.
+            also, residual: (B, ..., C_out).
+            gain: (B), such as `DropPath.draw` makes; has no gradient.
         """
+        linear = self.linear
         if self._folds(x):
             scale, weight, bias = self._folded()
-            x = grouped_linear(x, m, weight, bias, self.linear.groups)
-            return self.act(x if also is None else torch.addcmul(x, also.to(x.dtype), scale.to(x.dtype)))
-        x = self.linear(x) if m is None else self.linear.interleaved(x, m)
+            x = grouped_linear(x, m, weight, bias, linear.groups)
+            x = x if also is None else torch.addcmul(x, also.to(x.dtype), scale.to(x.dtype))
+            return self.act(joined(x, residual, gain))
+        if fuses(self.norm, self.act, x):  # the bias changes what the norm tracks, and no more
+            x = grouped_linear(x, m, linear.weight, None, linear.groups)
+            shift = linear.bias
+        else:
+            x = linear(x) if m is None else linear.interleaved(x, m)
+            shift = None
         if also is not None:
             x = x + also
-        # Rows, because BatchNorm takes channels second in anything of more than two dimensions.
-        rows = x.flatten(0, -2)
-        rows = self._fused(rows) if self._fuses(rows) else self.act(self.norm(rows))
-        return rows.reshape(x.shape)
-
-    def _fuses(self, rows: Tensor) -> bool:
-        """Whether these are a batch norm's own statistics and GELU, and there is a kernel for both at once.
-        For a norm alone it is no faster than torch's."""
-        norm, act = self.norm, self.act
-        known = type(norm) is nn.BatchNorm1d and type(act) is nn.GELU and act.approximate == "none"
-        learns = known and norm.training and norm.momentum is not None  # type: ignore[union-attr]
-        return learns and rows.shape[0] > 1 and norm_op.has_kernel(rows)
-
-    def _fused(self, rows: Tensor) -> Tensor:
-        norm: Any = self.norm
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-        return norm_op.batch_norm_act(
-            rows,
-            norm.weight,
-            norm.bias,
-            act="gelu",
-            eps=norm.eps,
-            running_mean=norm.running_mean,
-            running_var=norm.running_var,
-            momentum=norm.momentum,
-        )
+        return norm_act(self.norm, self.act, x, residual=residual, gain=gain, shift=shift)
 
     def _folds(self, x: Tensor) -> bool:
         """Whether the norm is a fixed scale and shift that is cheaper in the weights: on a CPU, where a pass

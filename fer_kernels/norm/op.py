@@ -1,4 +1,4 @@
-"""norm: batch norm of rows with its activation in the same passes. Contract, schema, autograd, checks."""
+"""norm: batch norm of rows, and what follows it in the same passes. Contract, schema, autograd, checks."""
 
 from __future__ import annotations
 
@@ -10,62 +10,68 @@ from torch import Tensor
 from .. import checks, dispatch
 from . import reference
 
-ACTS = (None, "gelu")
+ACTS = reference.ACTS
 
 OPERATOR = dispatch.Operator("norm", dtypes={"reference": checks.FLOATING, "cpu": checks.FLOATING})
 
 
-def _fake(x, weight, bias, eps, gelu):
+def _fake(x, weight, bias, residual, gain, eps, act):
+    like = x if residual is None else residual
     statistics = x.new_empty(x.shape[1], dtype=checks.accumulation_dtype(x.dtype))
     return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(like, memory_format=torch.contiguous_format),
         statistics,
         torch.empty_like(statistics),
     )
 
 
-def _fake_backward(grad, x, weight, bias, mean, var, eps, gelu):
+def _fake_backward(grad, x, weight, bias, residual, gain, mean, var, eps, act):
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         torch.empty_like(mean),
         torch.empty_like(mean),
+        grad.new_empty(0 if residual is None else x.shape[0], x.shape[1]),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, ctx.eps, ctx.gelu = inputs
+    x, weight, bias, residual, gain, ctx.eps, ctx.act = inputs
     _, mean, var = output
     ctx.mark_non_differentiable(mean, var)
-    ctx.save_for_backward(x, weight, bias, mean, var)
+    kept = residual if ctx.act else None  # without an activation its gradient is y's
+    ctx.save_for_backward(x, weight, bias, kept, gain, mean, var)
 
 
 def _backward(backend: str, ctx: Any, grad: Tensor, *_: Any) -> tuple:
     run = _BACKWARD["cpu" if backend == "compiled" else backend]
-    gradients = run(grad.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.gelu)
+    grad = grad.contiguous()
+    *gradients, of_residual = run(grad, *ctx.saved_tensors, ctx.eps, ctx.act)
+    gradients.append(of_residual if ctx.act else grad)
     wanted = ctx.needs_input_grad
-    return (*(g if w else None for g, w in zip(gradients, wanted, strict=False)), None, None)
+    return (*(g if w else None for g, w in zip(gradients, wanted, strict=False)), None, None, None)
 
 
 def _setup_double(ctx: Any, inputs: tuple, output: tuple) -> None:
-    grad, x, weight, bias, _, _, ctx.eps, ctx.gelu = inputs
-    ctx.save_for_backward(grad, x, weight, bias)
+    *tensors, _, _, ctx.eps, ctx.act = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _double_backward(backend: str, ctx: Any, *gradients: Tensor) -> tuple:
     """Of the statistics too, which are functions of x."""
 
-    def formula(grad, x, weight, bias, *constants):
+    def formula(grad, x, weight, bias, residual, gain, *constants):
         var, mean = torch.var_mean(x.to(checks.accumulation_dtype(x.dtype)), 0, correction=0)
-        return reference.norm_backward(grad, x, weight, bias, mean, var, *constants)
+        return reference.norm_backward(grad, x, weight, bias, residual, gain, mean, var, *constants)
 
-    inputs = (*ctx.saved_tensors, ctx.eps, ctx.gelu)
-    found = dispatch.differentiated(formula, inputs, range(4), gradients)
-    return (*found[:4], None, None, *found[4:])
+    inputs = (*ctx.saved_tensors, ctx.eps, ctx.act)
+    found = dispatch.differentiated(formula, inputs, range(5), gradients)
+    return (*found[:6], None, None, *found[6:])
 
 
 dispatch.define(
     OPERATOR,
-    "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool gelu) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? gain, float eps, int act)"
+    " -> (Tensor, Tensor, Tensor)",
     fake=_fake,
     reference=reference.norm,
     setup_context=_setup_context,
@@ -73,8 +79,8 @@ dispatch.define(
 )
 _BACKWARD = dispatch.define(
     OPERATOR,
-    "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, bool gelu)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? gain, Tensor mean,"
+    " Tensor var, float eps, int act) -> (Tensor, Tensor, Tensor, Tensor)",
     suffix="_backward",
     fake=_fake_backward,
     reference=reference.norm_backward,
@@ -89,18 +95,27 @@ def batch_norm_act(
     bias: Tensor | None = None,
     *,
     act: str | None = None,
+    residual: Tensor | None = None,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
     eps: float = 1e-5,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     momentum: float = 0.1,
     backend: str = "auto",
 ) -> Tensor:
-    """act(batch norm) of rows by their own statistics, as in training, in as few passes as that takes.
+    """act(gain * batch norm + residual) of rows by their own statistics, as in training, in as few passes as
+    that takes.
 
     Args:
         x: (rows, C), at least two rows; float32, float64, bfloat16 or float16.
         weight, bias: (C); of x's dtype, or float32. None stands for ones and zeros.
-        act: None, or "gelu" (exact, by the error function).
+        act: None, "relu" or "gelu" (exact, by the error function).
+        residual: (rows, C), of x's dtype or float32; y has its dtype.
+        gain: (S), for S samples of rows / S rows each, such as 0 and 1 / keep for stochastic depth; of x's
+            dtype or float32. A constant: it has no gradient.
+        shift: (C), added to every row before the norm, such as the bias of the layer before. The norm takes
+            it off again, so it only moves running_mean, and its gradient is zero.
         eps: added to the variance.
         running_mean, running_var: (C), moved in place by `momentum` towards the rows' mean and unbiased
             variance; None keeps none.
@@ -108,20 +123,24 @@ def batch_norm_act(
         backend: "auto", "reference" or "cpu". There is none for GPUs, where torch.compile fuses the same.
 
     Returns:
-        y (rows, C) of x's dtype.
+        y (rows, C) of x's dtype, or the residual's.
 
     As `F.gelu(F.batch_norm(x, ..., training=True))`, whose backward reads what lies between the two: this
-    keeps x alone, and computes that again. Arithmetic is in float32 (float64 for float64) and results are
-    rounded once, where the two functions round twice. NaN in a channel makes all of it NaN. Results and
-    gradients are bitwise reproducible, whatever the number of threads. Second derivatives work; the reference
-    computes them.
+    keeps x alone (and, for an activation, the residual), and computes that again. Arithmetic is in float32
+    (float64 for float64) and results are rounded once, where the two functions round twice. NaN in a channel
+    makes all of it NaN. Results and gradients are bitwise reproducible, whatever the number of threads.
+    Second derivatives work; the reference computes them.
     """
-    _check(x, weight, bias, act, eps, running_mean, running_var)
+    _check(x, weight, bias, act, residual, gain, shift, eps, running_mean, running_var)
     dtype = checks.accumulation_dtype(x.dtype)
-    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
-    y, mean, var = OPERATOR.choose(backend, x)(x, weight, bias, float(eps), act == "gelu")
+    if shift is not None:  # for its gradient; and a shift that is not finite spoils the norm
+        bias = 0 * shift if bias is None else torch.add(bias, shift, alpha=0)
+    weight, bias, gain = (None if t is None else t.to(dtype) for t in (weight, bias, gain))
+    run = OPERATOR.choose(backend, x)
+    y, mean, var = run(x, weight, bias, residual, gain, float(eps), ACTS.index(act))
     with torch.no_grad():
         if running_mean is not None:
+            mean = mean if shift is None else mean + shift
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
         if running_var is not None:
             unbiased = var * (x.shape[0] / (x.shape[0] - 1))
@@ -134,7 +153,7 @@ def has_kernel(x: Tensor) -> bool:
     return OPERATOR.choose("auto", x) is not OPERATOR.registered["reference"]
 
 
-def _check(x, weight, bias, act, eps, running_mean, running_var) -> None:
+def _check(x, weight, bias, act, residual, gain, shift, eps, running_mean, running_var) -> None:
     here = "batch_norm_act"
     checks.dense_tensor(here, "x", x)
     if x.dtype not in checks.FLOATING:
@@ -147,7 +166,15 @@ def _check(x, weight, bias, act, eps, running_mean, running_var) -> None:
         raise ValueError(f"{here}: unknown act {act!r}: expected one of {', '.join(map(repr, ACTS))}")
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps >= 0:
         raise ValueError(f"{here}: eps must be a number of at least 0, got {eps!r}")
-    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    named = {
+        "weight": weight,
+        "bias": bias,
+        "shift": shift,
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "residual": residual,
+        "gain": gain,
+    }
     for name, tensor in named.items():
         if tensor is None:
             continue
@@ -155,7 +182,20 @@ def _check(x, weight, bias, act, eps, running_mean, running_var) -> None:
         checks.same_device(here, name, tensor, "x", x)
         if tensor.dtype not in (x.dtype, checks.accumulation_dtype(x.dtype)):
             raise TypeError(f"{here}: {name} must be {x.dtype} as x or float32, got {tensor.dtype}")
-        if tuple(tensor.shape) != (x.shape[1],):
+        if name == "gain":
+            if tensor.dim() != 1 or not tensor.shape[0] or x.shape[0] % tensor.shape[0]:
+                raise ValueError(
+                    f"{here}: gain must be (S,) with S a divisor of {x.shape[0]} rows, "
+                    f"got {checks.shape(tensor)}"
+                )
+            if tensor.requires_grad:
+                raise ValueError(f"{here}: gain is a constant and has no gradient, but requires one")
+        elif name == "residual":
+            if tensor.shape != x.shape:
+                raise ValueError(
+                    f"{here}: residual must be as x {checks.shape(x)}, got {checks.shape(tensor)}"
+                )
+        elif tuple(tensor.shape) != (x.shape[1],):
             raise ValueError(
                 f"{here}: {name} must be (C,) with C = {x.shape[1]} (x: {checks.shape(x)}), "
                 f"got {checks.shape(tensor)}"

@@ -1,0 +1,77 @@
+"""Batch norms of modules together with what follows them, in one operator where there is a kernel for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import checks
+from ..norm import op
+
+
+def fuses(norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
+    """Whether `norm_act` is one operator for what these make of x: a batch norm by its own statistics, an
+    activation that the operator knows, and a kernel for x's device."""
+    learns = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d) and norm.training and norm.momentum is not None
+    known = type(act) in (nn.Identity, nn.ReLU) or (type(act) is nn.GELU and act.approximate == "none")
+    return learns and known and x.numel() > x.shape[-1] > 0 and op.has_kernel(x)
+
+
+def norm_act(
+    norm: nn.Module,
+    act: nn.Module,
+    x: Tensor,
+    *,
+    residual: Tensor | None = None,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """act(gain * norm(x + shift) + residual), channels last.
+
+    Args:
+        norm: over the channels of all rows, such as nn.BatchNorm1d.
+        act: a module; nn.Identity() for none.
+        x, residual: (B, ..., C).
+        gain: (B).
+        shift: (C).
+    """
+    if not fuses(norm, act, x):
+        x = x if shift is None else x + shift.to(x.dtype)
+        return act(joined(norm(x.flatten(0, -2)).reshape(x.shape), residual, gain))
+    batch_norm: Any = norm
+    rows = x.flatten(0, -2)
+    if residual is not None:
+        wide = residual.dtype == checks.accumulation_dtype(rows.dtype)
+        residual = residual.reshape(rows.shape) if wide else residual.reshape(rows.shape).to(rows.dtype)
+    if batch_norm.num_batches_tracked is not None:
+        batch_norm.num_batches_tracked.add_(1)
+    return op.batch_norm_act(
+        rows,
+        batch_norm.weight,
+        batch_norm.bias,
+        act={nn.ReLU: "relu", nn.GELU: "gelu"}.get(type(act)),  # type: ignore[call-overload]
+        residual=residual,
+        gain=gain,
+        shift=shift,
+        eps=batch_norm.eps,
+        running_mean=batch_norm.running_mean,
+        running_var=batch_norm.running_var,
+        momentum=batch_norm.momentum,
+    ).reshape(x.shape)
+
+
+def norm_act_maps(norm: nn.Module, act: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """act(norm(x) + residual) of maps (B, C, height, width); in one operator for channels-last memory."""
+    rows = x.permute(0, 2, 3, 1)
+    if not (rows.is_contiguous() and fuses(norm, act, rows)):
+        return act(joined(norm(x), residual, None))
+    along = None if residual is None else residual.permute(0, 2, 3, 1)
+    return norm_act(norm, act, rows, residual=along).permute(0, 3, 1, 2)
+
+
+def joined(x: Tensor, residual: Tensor | None, gain: Tensor | None) -> Tensor:
+    """gain * x + residual, for x (B, ...) and gain (B)."""
+    if gain is not None:
+        x = x * gain.to(x.dtype).view(-1, *(1,) * (x.dim() - 1))
+    return x if residual is None else residual + x
