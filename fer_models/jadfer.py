@@ -51,7 +51,7 @@ from fer_kernels.nn import JADAttention, JADBlock, drop_schedule
 
 from .base import FERModel, check_choice, pair, resize_position
 from .layers.backbone import channels_first, create_levels, set_checkpointing
-from .layers.stem import Residual
+from .layers.stem import ConvSequence, Residual, channels_last
 from .losses import CCC, VARIETIES, CrossEntropy, Term, Variety
 from .registry import StateDict, build, cfg, default_cfgs, register_model
 
@@ -69,7 +69,7 @@ class ResidualStem(nn.Sequential):
         levels = []
         for inputs, width, count in zip((in_chans, *widths[:-1]), widths, blocks, strict=True):
             levels.append(
-                nn.Sequential(
+                ConvSequence(
                     nn.Conv2d(inputs, width, 3, stride=2, padding=1, bias=False),
                     nn.BatchNorm2d(width),
                     nn.ReLU(inplace=True),
@@ -77,6 +77,9 @@ class ResidualStem(nn.Sequential):
                 )
             )
         super().__init__(*levels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(channels_last(x))
 
 
 class SpatialBranch(nn.Module):

@@ -105,7 +105,7 @@ class Grapher(nn.Module):
         if self.reduction > 1:
             keys = nodes_of(F.avg_pool2d(map_of(nodes, grid), self.reduction))
         found: Any = self.graph_conv(nodes, keys, grid=grid, return_graph=True, return_weights=weights)
-        nodes = x + self.drop_path(self.fc2(found[0]))
+        nodes = self.fc2(found[0], residual=x, gain=self.drop_path.draw(x))
         return nodes, found[1], found[2] if weights else None
 
 
@@ -119,7 +119,7 @@ class FFN(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.fc2(self.fc1(x)))
+        return self.fc2(self.fc1(x), residual=x, gain=self.drop_path.draw(x))
 
 
 class Block(nn.Module):

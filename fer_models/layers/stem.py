@@ -5,13 +5,15 @@ All maps are (B, C, height, width) in channels-last memory, so that a map is a m
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from fer_kernels.nn import Projection
+from fer_kernels.nn import Projection, norm_act_maps
 
 from ..base import check_choice
 
@@ -29,6 +31,34 @@ def map_of(nodes: Tensor, grid: tuple[int, int]) -> Tensor:
     return nodes.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """Images in the memory that convolutions and norms are fastest on; what follows keeps it."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def steps(layers: nn.Sequential) -> list[tuple[int, Callable[[Tensor], Tensor]]]:
+    """What runs the layers in turn, and at which layer each ends: a batch norm takes its activation along."""
+    found: list[tuple[int, Callable[[Tensor], Tensor]]] = []
+    for position, layer in enumerate(layers):
+        before = layers[position - 1] if position else None
+        if isinstance(before, _BatchNorm) and isinstance(layer, (nn.GELU, nn.ReLU)):
+            found[-1] = position, functools.partial(norm_act_maps, before, layer)
+        elif isinstance(layer, _BatchNorm):
+            found.append((position, functools.partial(norm_act_maps, layer, nn.Identity())))
+        else:
+            found.append((position, layer))
+    return found
+
+
+class ConvSequence(nn.Sequential):
+    """Convolutions, batch norms and activations, run in their `steps`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _, step in steps(self):
+            x = step(x)
+        return x
+
+
 class Residual(nn.Module):
     """ReLU(x + two 3 x 3 convolutions with batch norms)."""
 
@@ -38,10 +68,11 @@ class Residual(nn.Module):
         self.norm1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(channels)
+        self.act = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(x + self.norm2(self.conv2(branch)))
+        branch = norm_act_maps(self.norm1, self.act, self.conv1(x))
+        return norm_act_maps(self.norm2, self.act, self.conv2(branch), residual=x)
 
 
 class ConvStem(nn.Module):
@@ -84,11 +115,11 @@ class ConvStem(nn.Module):
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """x (B, in_chans, H, W) to the tapped maps, finest first, and the last one (B, C, h, w)."""
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         found = []
         tapped = [self.ends[tap] for tap in self.taps]
-        for position, layer in enumerate(self.convs):
-            x = layer(x)
+        for position, step in steps(self.convs):
+            x = step(x)
             if position in tapped:
                 found.append(x)
         return [*found, x]
@@ -134,14 +165,13 @@ class MultiScaleStem(ConvStem):
         if fusion == "none":
             return
         if fusion == "kernels":
-            self.align = nn.ModuleList(_depthwise(dim, size, 1) for size in KERNELS)
+            self.align = nn.ModuleList(Depthwise(dim, size, 1) for size in KERNELS)
             self.fuse = Projection(dim * len(KERNELS), dim, groups=1)
             return
         scales = self.tapped if fusion == "sum" else (*self.tapped, (dim, 1))
         # A window twice as wide as its step sees every pixel of the finer map.
         self.align = nn.ModuleList(
-            nn.Identity() if ratio == 1 else _depthwise(width, 2 * ratio - 1, ratio)
-            for width, ratio in scales
+            nn.Identity() if ratio == 1 else Depthwise(width, 2 * ratio - 1, ratio) for width, ratio in scales
         )
         self.project = nn.ModuleList(Projection(width, dim, groups=1, act=None) for width, _ in scales)
         if fusion == "concat":
@@ -185,11 +215,23 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
         self.norm = nn.BatchNorm2d(out_channels)
+        self.act = nn.Identity()
 
     def forward(self, nodes: Tensor, grid: tuple[int, int]) -> Tensor:
         """Nodes (B, h * w, C) to (B, ⌈h/2⌉ * ⌈w/2⌉, C_out)."""
-        return nodes_of(self.norm(self.conv(map_of(nodes, grid))))
+        return nodes_of(norm_act_maps(self.norm, self.act, self.conv(map_of(nodes, grid))))
 
 
-def _depthwise(channels: int, size: int, stride: int) -> nn.Module:
-    return nn.Conv2d(channels, channels, size, stride=stride, padding=size // 2, groups=channels)
+class Depthwise(nn.Conv2d):
+    """A depth-wise convolution, on a CPU in float32 whatever the precision around it: there the backward pass
+    of such a convolution of 7 x 7 in bfloat16 took twenty times as long."""
+
+    def __init__(self, channels: int, size: int, stride: int) -> None:
+        super().__init__(channels, channels, size, stride=stride, padding=size // 2, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype == torch.float64:
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
+            return self._conv_forward(x.float(), weight, bias).to(x.dtype)

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone import channels_first, create_levels
+from .stem import ConvSequence, channels_last
 
 Run = Callable[..., Any]  # FERModel.checkpoint
 
 
-class DoubleConv(nn.Sequential):
+class DoubleConv(ConvSequence):
     """Twice: 3 x 3 convolution, batch norm, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -53,6 +54,7 @@ class ConvEncoder(nn.Module):
 
     def forward(self, x: Tensor, run: Run) -> list[Tensor]:
         found: list[Tensor] = []
+        x = channels_last(x)
         for level in self.levels:
             x = run(level, F.max_pool2d(found[-1], 2) if found else x)
             found.append(x)

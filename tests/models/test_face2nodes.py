@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import fer_models
+from fer_kernels import use_backend
 from fer_models import face2nodes, vig
 from fer_models.layers.grapher import CONVS
-from fer_models.layers.stem import FUSIONS
+from fer_models.layers.stem import FUSIONS, Depthwise
 
 
 def nano(seed: int = 0, **options) -> face2nodes.Face2Nodes:
@@ -97,7 +98,9 @@ def test_relation_and_fusion_learn(x):
     assert all(
         p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "relation" in name or ".a" in name
     )
-    assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "stem.fuse" in name)
+    fusion = {name: p.grad for name, p in model.named_parameters() if "stem.fuse" in name}
+    del fusion["stem.fuse.linear.bias"]  # the norm after it takes it off again
+    assert all(gradient.abs().sum() > 0 for gradient in fusion.values())
 
 
 @pytest.mark.parametrize("stride, size, nodes", [(8, 112, 196), (8, 48, 36), (4, 48, 144), (16, 224, 196)])
@@ -160,3 +163,35 @@ def test_learns_random_images_by_heart():
             if right:
                 return
     pytest.fail("200 steps do not suffice")
+
+
+@pytest.mark.parametrize("stem_blocks", [(), (1, 0, 2)])
+def test_a_stem_trains_alike_by_kernels_and_by_modules(stem_blocks, x):
+    results = []
+    for backend in ("auto", "reference"):
+        stem = nano(stem_blocks=stem_blocks).stem.train()
+        for module in stem.modules():
+            if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
+                torch.nn.init.constant_(module.weight, 0.7)  # fusions start at zero
+        with use_backend(backend):
+            nodes = stem(x)
+        (nodes * torch.linspace(-1, 1, nodes.numel()).reshape(nodes.shape)).sum().backward()
+        biases = [n for n in ("convs.0.bias", "fuse.linear.bias") if n in dict(stem.named_parameters())]
+        gradients = {n: p.grad for n, p in stem.named_parameters() if not n.endswith("bias")}
+        assert biases and all(stem.get_parameter(n).grad.abs().max() < 1e-2 for n in biases)  # a norm follows
+        results.append({"nodes": nodes, **gradients, **dict(stem.named_buffers())})
+    for name, value in results[1].items():
+        torch.testing.assert_close(
+            results[0][name], value, rtol=0, atol=1e-4 * max(value.abs().max().item(), 1e-3), msg=name
+        )
+
+
+def test_depthwise_convolutions_are_float32_on_a_cpu(x):
+    layer, maps = Depthwise(3, 5, 2), x.bfloat16()
+    exact = torch.nn.functional.conv2d(maps.double(), layer.weight.double(), layer.bias.double(), 2, 2, 1, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(maps)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, exact.bfloat16(), rtol=2**-7, atol=1e-5)
+    wide = layer.double()(maps.double())
+    torch.testing.assert_close(wide, exact)
