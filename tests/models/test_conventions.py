@@ -270,7 +270,8 @@ def test_compiles_whole(name):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-    model.train()
+    # In float32 a ReLU or a maximum that rounding moves across a tie changes gradients by a thousandth.
+    model, x = model.double().train(), x.double()
     state = copy.deepcopy(model.state_dict())
     gradients = []
     for run in (model, compiled):
@@ -280,7 +281,7 @@ def test_compiles_whole(name):
         run(x).square().mean().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     scale = max(g.abs().max() for g in gradients[0]).item()
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4 * scale)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-8 * scale)
 
 
 @pytest.mark.parametrize("name", MODELS)
