@@ -27,9 +27,11 @@ template <class A, class E>
 inline Vec<A> load_lanes(const E* from, int count) {
   E lanes[kLanes<A>] = {};
 #if defined(__AVX512F__)
-  // a copy of unknown length is a call, and 24 channels would make it for every row
+  // lane by lane, rows of 24 channels would take five times as long
+  const unsigned mask = (1u << count) - 1;
+  if constexpr (std::is_same_v<E, float>) return _mm512_maskz_loadu_ps(mask, from);
   if constexpr (sizeof(E) == 2) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), _mm256_maskz_loadu_epi16((1u << count) - 1, from));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), _mm256_maskz_loadu_epi16(mask, from));
     return load_as<A>(lanes);
   }
 #endif
@@ -57,11 +59,15 @@ inline void store_lanes(E* to, Vec<A> v, Whole) {
 template <class A, class E>
 inline void store_lanes(E* to, Vec<A> v, int count) {
   E lanes[kLanes<A>];
+#if defined(__AVX512F__)
+  const unsigned mask = (1u << count) - 1;
+  if constexpr (std::is_same_v<E, float>) return _mm512_mask_storeu_ps(to, mask, v);
+#endif
   store_lanes<A>(lanes, v, Whole{});
 #if defined(__AVX512F__)
   if constexpr (sizeof(E) == 2) {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes));
-    return _mm256_mask_storeu_epi16(to, (1u << count) - 1, halves);
+    return _mm256_mask_storeu_epi16(to, mask, halves);
   }
 #endif
   for (int l = 0; l < count; ++l) to[l] = lanes[l];
