@@ -4,12 +4,13 @@ worth where they are used. A part of relation's suite; it is no operator.
     h = BN(fc1 x);  graph = knn(h, keys);  m = aggregate(h, graph);  x + BN(fc2 GELU(BN(groups [h, m])))
 
 Channels of h and m alternate (h0, m0, h1, m1, ...) and go through a projection of four groups, as in ViG.
-Every provider runs the same block and differs in the graph, the aggregation, and on the CPU in what makes
-GELU(BN ...) of one operator. The grouped product is fer_kernels.nn's for all.
+Every provider runs the same block and differs in the graph, the aggregation, and on the CPU in the batch
+norms, which take GELU and the residual along. The grouped product is fer_kernels.nn's for all.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -93,6 +94,19 @@ def _batch_norm(nodes: Tensor, scale_and_shift: Tensor) -> Tensor:
     return F.batch_norm(nodes.flatten(0, 1), None, None, scale, shift, training=True).view_as(nodes)
 
 
+def _norm_of_torch(
+    nodes: Tensor,
+    scale_and_shift: Tensor,
+    rounded: Callable[[Tensor], Tensor],
+    gelu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    y = _batch_norm(nodes, scale_and_shift)
+    if gelu:
+        y = F.gelu(rounded(y))
+    return y if residual is None else residual + rounded(y)
+
+
 def keys_of(h: Tensor, keys: int) -> Tensor | None:
     """The nodes averaged over squares of the grid, as the pyramid models do; None where all are keys."""
     queries = h.shape[1]
@@ -105,7 +119,7 @@ def keys_of(h: Tensor, keys: int) -> Tensor | None:
 
 Graph = Callable[[Tensor, Tensor | None], Tensor]
 Aggregate = Callable[..., Tensor]
-Activate = Callable[[Tensor, Tensor], Tensor]
+Norm = Callable[..., Tensor]
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -126,13 +140,14 @@ def block(
     keys: int,
     graph: Graph,
     aggregate: Aggregate,
-    activate: Activate | None = None,
+    norm: Norm | None = None,
     rounded: Callable[[Tensor], Tensor] = _exact,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, and for the gate the graph and what was aggregated. `activate` is GELU(BN ...) in one;
-    None takes torch's two. `rounded` stands where a layer rounds its result, for the gate to see what that
-    does to the gradients."""
-    h = rounded(_batch_norm(rounded(F.linear(x, fc1)), bn1))
+    """The output, and for the gate the graph and what was aggregated. `norm` is called as
+    norm(nodes, scale_and_shift, gelu=..., residual=...); None takes torch's functions. `rounded` stands where
+    a layer rounds its result, for the gate to see what that does to the gradients."""
+    norm = functools.partial(_norm_of_torch, rounded=rounded) if norm is None else norm
+    h = rounded(norm(rounded(F.linear(x, fc1)), bn1))
     y = keys_of(h, keys)
     if y is not None:
         y = rounded(y)
@@ -141,9 +156,8 @@ def block(
     of_centres, of_keys = rounded(F.linear(h, p)), rounded(F.linear(h if y is None else y, q))
     m = rounded(aggregate(h, idx, y, of_centres, of_keys, a))
     projected = rounded(grouped_linear(h, m, groups, None, GROUPS))
-    hidden = F.gelu(rounded(_batch_norm(projected, bn2))) if activate is None else activate(projected, bn2)
-    hidden = rounded(hidden)
-    return rounded(x + rounded(_batch_norm(rounded(F.linear(hidden, fc2)), bn3))), idx, m
+    hidden = rounded(norm(projected, bn2, gelu=True))
+    return rounded(norm(rounded(F.linear(hidden, fc2)), bn3, residual=x)), idx, m
 
 
 def _step(case: Case, run: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[[Inputs], Any]:
@@ -169,12 +183,17 @@ def run_ours(case: Case, backend: str) -> Callable[[Inputs], Any]:
     def aggregate(h: Tensor, idx: Tensor, y: Tensor | None, p: Tensor, q: Tensor, a: Tensor) -> Tensor:
         return fer_kernels.relation_aggregate(h, idx, y, p=p, q=q, a=a, backend=backend)
 
-    def activate(nodes: Tensor, scale_and_shift: Tensor) -> Tensor:
+    def norm(
+        nodes: Tensor, scale_and_shift: Tensor, gelu: bool = False, residual: Tensor | None = None
+    ) -> Tensor:
         rows = nodes.flatten(0, 1)
-        return fer_kernels.batch_norm_act(rows, *scale_and_shift, act="gelu", backend="cpu").view_as(nodes)
+        along = None if residual is None else residual.flatten(0, 1)
+        act = "gelu" if gelu else None
+        y = fer_kernels.batch_norm_act(rows, *scale_and_shift, act=act, residual=along, backend="cpu")
+        return y.view_as(nodes)
 
-    norm = activate if backend == "cpu" else None
-    return _step(case, lambda *leaves: block(*leaves, keys, graph, aggregate, norm))
+    fused = norm if backend == "cpu" else None
+    return _step(case, lambda *leaves: block(*leaves, keys, graph, aggregate, fused))
 
 
 def _plain(case: Case, aggregate: Aggregate) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
