@@ -5,6 +5,7 @@ import importlib
 from .dispatch import available_backends, use_backend
 from .jad.op import JADStats, attention_column_mean, jad_attention
 from .knn.op import dilated_knn, to_edge_index
+from .linear.op import linear
 from .norm.op import batch_norm_act
 from .relation.op import relation_aggregate, reverse_graph
 
@@ -16,6 +17,7 @@ __all__ = [
     "batch_norm_act",
     "dilated_knn",
     "jad_attention",
+    "linear",
     "relation_aggregate",
     "reverse_graph",
     "to_edge_index",

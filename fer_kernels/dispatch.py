@@ -57,17 +57,18 @@ _requested = _Requested()
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator and, for each backend, the input dtypes it takes and its own further limits."""
+    """An operator and, for each backend, the input dtypes it takes and why this machine cannot run it."""
 
     name: str
     dtypes: dict[str, tuple[torch.dtype, ...]]
+    problems: dict[str, str] = field(default_factory=dict)  # backend -> what no other operator needs
     registered: dict[str, Any] = field(default_factory=dict)  # backend -> torch.ops overload
 
     def not_supported_reasons(self, backend: str, *tensors: torch.Tensor | None) -> list[str]:
         """Every reason why `backend` cannot take a call on these tensors; empty where it can."""
         if backend not in self.dtypes:
             return [f"there is no such kernel, only {', '.join(self.dtypes)}"]
-        reasons = platform_problems(backend)
+        reasons = self.platform_problems(backend)
         device = next(t.device.type for t in tensors if t is not None)
         if backend == "cpu" and device != "cpu":
             reasons.append(f"it takes CPU tensors and these are on {device}")
@@ -110,23 +111,32 @@ class Operator:
         return registered[backend]
 
 
+    def platform_problems(self, backend: str) -> list[str]:
+        """Why this backend is missing from this installation, whatever the call."""
+        problem = None
+        if backend == "cpu":
+            problem = extension.cpu.problem
+        elif backend == "cuda":
+            problem = extension.cuda.problem
+        elif backend == "triton" and not TRITON_INSTALLED:
+            problem = "triton is not installed"
+        problem = problem or self.problems.get(backend)
+        return [problem] if problem else []
+
+    def missing_reasons(self, backend: str) -> list[str]:
+        """Why no call at all can run on this backend here; may query the CUDA driver."""
+        reasons = self.platform_problems(backend)
+        needs_gpu = backend == "cuda" or (backend == "triton" and not TRITON_INTERPRETED)
+        if needs_gpu and not torch.cuda.is_available():
+            reasons.append("there is no CUDA device")
+        return reasons
+
+
 OPERATORS: dict[str, Operator] = {}
 
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def platform_problems(backend: str) -> list[str]:
-    """Why this backend is missing from this installation, whatever the call."""
-    problem = None
-    if backend == "cpu":
-        problem = extension.cpu.problem
-    elif backend == "cuda":
-        problem = extension.cuda.problem
-    elif backend == "triton" and not TRITON_INSTALLED:
-        problem = "triton is not installed"
-    return [problem] if problem else []
 
 
 def check_backend_name(backend: str, origin: str) -> None:
@@ -161,16 +171,8 @@ def available_backends(op: str) -> list[str]:
     """
     if op not in OPERATORS:
         raise ValueError(f"available_backends: unknown operator {op!r}: expected one of {sorted(OPERATORS)}")
-    return [backend for backend in OPERATORS[op].dtypes if not missing_reasons(backend)]
-
-
-def missing_reasons(backend: str) -> list[str]:
-    """Why no call at all can run on this backend here; may query the CUDA driver."""
-    reasons = platform_problems(backend)
-    needs_gpu = backend == "cuda" or (backend == "triton" and not TRITON_INTERPRETED)
-    if needs_gpu and not torch.cuda.is_available():
-        reasons.append("there is no CUDA device")
-    return reasons
+    operator = OPERATORS[op]
+    return [backend for backend in operator.dtypes if not operator.missing_reasons(backend)]
 
 
 def define(

@@ -68,3 +68,6 @@ def _load(name: str) -> Extension:
 
 cpu = _load("_cpu")
 cuda = _load("_cuda")
+
+# Whether the processor multiplies tiles of bfloat16 (AMX); read once, for torch.compile asks too.
+TILES: bool = cpu.module is not None and cpu.module.has_tiles()

@@ -39,6 +39,7 @@ def collect() -> dict[str, Any]:
         "cpu": {
             "instruction sets": cpu.supported_isas() if cpu else [],
             "in use": cpu.current_isa() if cpu else None,
+            "tiles (AMX)": extension.TILES,
             "threads": torch.get_num_threads(),
         },
         "environment": {
@@ -66,7 +67,7 @@ def _operator(name: str) -> dict[str, Any]:
     for backend, dtypes in operator.dtypes.items():
         result[backend] = {
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in dtypes],
-            "missing because": dispatch.missing_reasons(backend),
+            "missing because": operator.missing_reasons(backend),
             "passed its tests on": dispatch.PROVED_ON.get(
                 (name, backend), None if backend in GPU_BACKENDS else "CPU, in CI"
             ),

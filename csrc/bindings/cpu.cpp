@@ -11,6 +11,7 @@
 
 #include "bindings/jad.h"
 #include "bindings/knn.h"
+#include "bindings/linear.h"
 #include "bindings/norm.h"
 #include "bindings/relation.h"
 #include "cpu/kernels.h"
@@ -268,6 +269,66 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, con
   return {call.dx_tensor, call.dweight_tensor, call.dbias_tensor, call.dresidual_tensor};
 }
 
+bool has_tiles() {
+#if defined(FER_TILES)
+  static const bool found = supported_isas().back() == "avx512" && fer::cpu::avx512::has_tiles();
+  return found;
+#else
+  return false;
+#endif
+}
+
+#if defined(FER_TILES)
+// Products worth waking a thread for: about a tenth of a millisecond.
+int64_t linear_grain(int64_t units, int64_t work) {
+  return std::max<int64_t>(1, 20'000'000 / std::max<int64_t>(1, work / std::max<int64_t>(1, units)));
+}
+
+template <class Call>
+void run_rows(const Call& call, const Tensor& like, bool transposed,
+              void (*product)(const Call&, const uint16_t*, int64_t, int64_t)) {
+  using namespace fer::cpu::avx512;
+  const Tensor packed = torch::stable::new_empty(like, {linear_packed(call, transposed)}, ScalarType::BFloat16);
+  uint16_t* tiles = static_cast<uint16_t*>(packed.mutable_data_ptr());
+  torch::stable::parallel_for(0, linear_tiles(call, transposed), 100, [&](int64_t begin, int64_t end) {
+    linear_pack(call, transposed, tiles, begin, end);
+  });
+  constexpr int64_t unit = 32;  // the rows of two tiles
+  const int64_t units = (call.rows + unit - 1) / unit;
+  const int64_t work = call.rows * call.groups * call.in * call.out * (call.m ? 2 : 1);
+  torch::stable::parallel_for(0, units, linear_grain(units, work), [&](int64_t begin, int64_t end) {
+    product(call, tiles, begin * unit, std::min(call.rows, end * unit));
+  });
+}
+
+Tensor linear(const Tensor& x, std::optional<Tensor> m, const Tensor& weight, std::optional<Tensor> bias,
+              int64_t groups) {
+  const auto call = fer::bindings::linear_forward(x, m, weight, bias, groups);
+  run_rows<fer::LinearForward>(call, x, false, &fer::cpu::avx512::linear);
+  return call.y_tensor;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, std::optional<Tensor> m,
+                                                   const Tensor& weight, int64_t groups, bool need_nodes,
+                                                   bool need_weight) {
+  using namespace fer::cpu::avx512;
+  const auto call = fer::bindings::linear_backward(grad, x, m, weight, groups, need_nodes, need_weight);
+  if (need_nodes) run_rows<fer::LinearBackward>(call, x, true, &linear_input_gradient);
+  if (need_weight) {
+    const int64_t parts = linear_parts(call), out = call.groups * call.out;
+    const Tensor sums = torch::stable::new_empty(x, {parts * linear_part_size(call)}, ScalarType::Float);
+    float* data = static_cast<float*>(sums.mutable_data_ptr());
+    torch::stable::parallel_for(0, parts, linear_grain(parts, call.rows * out * call.in), [&](int64_t begin, int64_t end) {
+      linear_weight_parts(call, data, begin, end);
+    });
+    torch::stable::parallel_for(0, out, std::max<int64_t>(1, 30'000 / call.in), [&](int64_t begin, int64_t end) {
+      linear_weight_merge(call, data, begin, end);
+    });
+  }
+  return {call.dx_tensor, call.dm_tensor, call.dweight_tensor};
+}
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(fer_kernels, CPU, m) {
   m.impl("knn", TORCH_BOX(&knn));
   m.impl("relation", TORCH_BOX(&relation));
@@ -279,6 +340,12 @@ STABLE_TORCH_LIBRARY_IMPL(fer_kernels, CPU, m) {
   m.impl("jad_backward", TORCH_BOX(&jad_backward));
   m.impl("jad_column_mean", TORCH_BOX(&jad_column_mean));
   m.impl("jad_column_mean_backward", TORCH_BOX(&jad_column_mean_backward));
+#if defined(FER_TILES)
+  if (has_tiles()) {  // elsewhere the reference answers
+    m.impl("linear", TORCH_BOX(&linear));
+    m.impl("linear_backward", TORCH_BOX(&linear_backward));
+  }
+#endif
 }
 
 }  // namespace
@@ -288,5 +355,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("supported_isas", &supported_isas, "Instruction sets of this processor that kernels exist for, slowest first.");
   m.def("current_isa", [] { return supported_isas()[static_cast<int>(current_isa.load())]; });
   m.def("set_isa", &set_isa, pybind11::arg("name"));
+  m.def("has_tiles", &has_tiles, "Whether this processor multiplies tiles of bfloat16 (AMX), and this process may.");
   m.def("num_threads", [] { return torch::stable::get_num_threads(); });
 }

@@ -5,6 +5,7 @@
 
 #include "fer/jad.h"
 #include "fer/knn.h"
+#include "fer/linear.h"
 #include "fer/norm.h"
 #include "fer/relation.h"
 
@@ -50,5 +51,25 @@ FER_DECLARE_KERNELS(avx2)
 FER_DECLARE_KERNELS(avx512)
 #endif
 #undef FER_DECLARE_KERNELS
+
+#if defined(__x86_64__) && defined(__linux__)
+#define FER_TILES  // linear's kernels are compiled
+namespace avx512 {
+// Whether this processor multiplies tiles of bfloat16, and the kernel lets this process do so.
+bool has_tiles();
+// The weight as tiles, for y or (transposed) for dx: how many, how many numbers they take, and tiles [begin, end).
+int64_t linear_tiles(const LinearCall& call, bool transposed);
+int64_t linear_packed(const LinearCall& call, bool transposed);
+void linear_pack(const LinearCall& call, bool transposed, uint16_t* packed, int64_t begin, int64_t end);
+// Rows [begin, end) of y, and of dx and dm.
+void linear(const LinearForward& call, const uint16_t* packed, int64_t begin, int64_t end);
+void linear_input_gradient(const LinearBackward& call, const uint16_t* packed, int64_t begin, int64_t end);
+// dweight: parts [begin, end) of all, each of linear_part_size(call) numbers; then rows from all parts.
+int64_t linear_parts(const LinearCall& call);
+int64_t linear_part_size(const LinearCall& call);
+void linear_weight_parts(const LinearBackward& call, float* parts, int64_t begin, int64_t end);
+void linear_weight_merge(const LinearBackward& call, const float* parts, int64_t begin, int64_t end);
+}  // namespace avx512
+#endif
 
 }  // namespace fer::cpu

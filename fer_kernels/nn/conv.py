@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks, dispatch
+from ..linear import op as linear
 from ..relation.op import MAX_NEIGHBOURS, relation_aggregate, reverse_graph
 from ..relation.reference import neighbours
 from .graph import check_grid
@@ -95,6 +96,8 @@ class GroupedLinear(nn.Module):
 def grouped_linear(x: Tensor, m: Tensor | None, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     """x (..., C_in), or with m the interleaved x and m (..., C_in / 2), through weight (C_out, C_in / groups)
     to (..., C_out)."""
+    if linear.is_faster(x, weight):
+        return linear.linear(x, weight, bias, m=m, groups=groups)
     if m is not None and (groups == 1 or x.shape[-1] % groups):
         x, m = interleave(x, m), None
     if groups == 1:

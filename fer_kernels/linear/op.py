@@ -1,0 +1,159 @@
+"""linear: products of nodes with a weight, in groups. Contract, schema, autograd, checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, dispatch, extension
+from . import reference
+
+OPERATOR = dispatch.Operator(
+    "linear",
+    dtypes={"reference": checks.FLOATING, "cpu": (torch.float32, torch.bfloat16)},
+    problems={} if extension.TILES else {"cpu": "this processor has no bfloat16 tiles (AMX) to multiply with"},
+)
+
+# From so many rows and channels on, the kernel beat torch's product (docs/performance.md).
+ROWS, WIDTH = 1024, 96
+
+
+def _fake(x, m, weight, bias, groups):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _fake_backward(grad, x, m, weight, groups, need_nodes, need_weight):
+    rows = x.shape[0] if need_nodes else 0
+    return (
+        x.new_empty(rows, x.shape[1]),
+        x.new_empty(0 if m is None else rows, x.shape[1]),
+        weight.new_empty(weight.shape[0] if need_weight else 0, weight.shape[1]),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, m, weight, bias, ctx.groups = inputs
+    ctx.save_for_backward(x, m, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(backend: str, ctx: Any, grad: Tensor) -> tuple:
+    run = _BACKWARD["cpu" if backend == "compiled" else backend]
+    grad = grad.contiguous()
+    nodes, of_m, of_weight, of_bias, _ = ctx.needs_input_grad
+    need_nodes = nodes or of_m
+    found = run(grad, *ctx.saved_tensors, ctx.groups, need_nodes, of_weight)
+    dx, dm, dweight = (g if w else None for g, w in zip(found, (nodes, of_m, of_weight), strict=True))
+    return dx, dm, dweight, grad.sum(0, dtype=ctx.bias_dtype) if of_bias else None, None
+
+
+def _setup_double(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.groups, ctx.need_nodes, ctx.need_weight = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _double_backward(backend: str, ctx: Any, *gradients: Tensor) -> tuple:
+    inputs = (*ctx.saved_tensors, ctx.groups, ctx.need_nodes, ctx.need_weight)
+    return dispatch.differentiated(reference.linear_backward, inputs, range(4), gradients)
+
+
+dispatch.define(
+    OPERATOR,
+    "(Tensor x, Tensor? m, Tensor weight, Tensor? bias, int groups) -> Tensor",
+    fake=_fake,
+    reference=reference.linear,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_BACKWARD = dispatch.define(
+    OPERATOR,
+    "(Tensor grad, Tensor x, Tensor? m, Tensor weight, int groups, bool need_nodes, bool need_weight)"
+    " -> (Tensor, Tensor, Tensor)",
+    suffix="_backward",
+    fake=_fake_backward,
+    reference=reference.linear_backward,
+    setup_context=_setup_double,
+    backward=_double_backward,
+)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    m: Tensor | None = None,
+    groups: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """A 1 x 1 convolution in groups, channels last: group g makes its share of C_out from its share of C_in.
+
+    Args:
+        x: (..., C_in); float32, float64, bfloat16 or float16.
+        weight: (C_out, C_in / groups); of x's dtype, or float32, in which its gradient then is.
+        bias: (C_out); of x's dtype, or float32.
+        m: as x: what is multiplied is x0, m0, x1, m1, ..., and the weight is (C_out, 2 C_in / groups).
+        groups: divides C_in and C_out.
+        backend: "auto", "reference" or "cpu". The last multiplies tiles of bfloat16 (AMX), for float32 the
+            pieces of which a number consists, and no processor without them can run it. There is none for
+            GPUs, where torch's own product is as good.
+
+    Returns:
+        y (..., C_out) of x's dtype.
+
+    In float32, "cpu" is at least as exact as a sum in float32. Only numbers beyond 3.39e38, infinities with
+    them, make NaN of what they enter, and below 1e-33 the last digits are lost. In bfloat16 sums are in
+    float32 and rounded once. Bitwise reproducible, whatever the number of threads. Second derivatives work;
+    the reference computes them.
+    """
+    _check(x, weight, bias, m, groups)
+    run = OPERATOR.choose(backend, x)
+    if bias is not None:
+        bias = bias.to(checks.accumulation_dtype(x.dtype))
+    rows = x.flatten(0, -2)
+    y = run(rows, None if m is None else m.flatten(0, -2), weight, bias, groups)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether "auto" takes a kernel for x and weight that is worth its calls: torch's own product is faster
+    than the reference, and than the kernel where there is little to multiply or the result is most of the work."""
+    traced = torch.compiler.is_compiling()  # shapes may be open, and what is exported runs elsewhere
+    if traced or x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
+        return False
+    if x.numel() < ROWS * x.shape[-1] or min(x.shape[-1], weight.shape[0]) < WIDTH:
+        return False
+    return OPERATOR.choose("auto", x) is not OPERATOR.registered["reference"]
+
+
+def _check(x, weight, bias, m, groups) -> None:
+    here = "linear"
+    checks.positive_int(here, "groups", groups)
+    checks.dense_tensor(here, "x", x)
+    if x.dtype not in checks.FLOATING:
+        raise TypeError(f"{here}: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    if x.dim() < 2 or not x.shape[-1] or x.shape[-1] % groups:
+        raise ValueError(
+            f"{here}: x must be (..., C_in) with C_in divisible by groups = {groups}, got {checks.shape(x)}"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias), ("m", m)):
+        if tensor is None and name != "weight":
+            continue
+        checks.dense_tensor(here, name, tensor)
+        checks.same_device(here, name, tensor, "x", x)
+        allowed = (x.dtype,) if name == "m" else (x.dtype, checks.accumulation_dtype(x.dtype))
+        if tensor.dtype not in allowed:
+            wanted = " or ".join(dict.fromkeys(map(str, allowed)))
+            raise TypeError(f"{here}: {name} must be {wanted} for x {x.dtype}, got {tensor.dtype}")
+    columns = x.shape[-1] // groups * (1 if m is None else 2)
+    if weight.dim() != 2 or weight.shape[1] != columns or not weight.shape[0] or weight.shape[0] % groups:
+        raise ValueError(
+            f"{here}: weight must be (C_out, {columns}) with C_out divisible by groups = {groups} "
+            f"(x: {checks.shape(x)}{'' if m is None else ', and m'}), got {checks.shape(weight)}"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"{here}: bias must be ({weight.shape[0]},), got {checks.shape(bias)}")
+    if m is not None and m.shape != x.shape:
+        raise ValueError(f"{here}: m must be as x {checks.shape(x)}, got {checks.shape(m)}")
