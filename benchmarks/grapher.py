@@ -4,8 +4,8 @@ worth where they are used. A part of relation's suite; it is no operator.
     h = BN(fc1 x);  graph = knn(h, keys);  m = aggregate(h, graph);  x + BN(fc2 GELU(BN(groups [h, m])))
 
 Channels of h and m alternate (h0, m0, h1, m1, ...) and go through a projection of four groups, as in ViG.
-Every provider runs the same block and differs in the graph, the aggregation, and on the CPU in the batch
-norms, which take GELU and the residual along. The grouped product is fer_kernels.nn's for all.
+Every provider runs the same block and differs in the graph, the aggregation, and on the CPU in the products,
+where the operator is the faster, and the batch norms, which take GELU and the residual along.
 """
 
 from __future__ import annotations
@@ -141,13 +141,20 @@ def block(
     graph: Graph,
     aggregate: Aggregate,
     norm: Norm | None = None,
+    backend: str = "reference",
     rounded: Callable[[Tensor], Tensor] = _exact,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and for the gate the graph and what was aggregated. `norm` is called as
-    norm(nodes, scale_and_shift, gelu=..., residual=...); None takes torch's functions. `rounded` stands where
-    a layer rounds its result, for the gate to see what that does to the gradients."""
+    norm(nodes, scale_and_shift, gelu=..., residual=...); None takes torch's functions. `backend` is that of
+    products as wide as the nodes. `rounded` stands where a layer rounds its result, for the gate to see what
+    that does to the gradients."""
+
+    def product(x: Tensor, weight: Tensor, m: Tensor | None = None) -> Tensor:
+        with fer_kernels.use_backend(backend):
+            return rounded(grouped_linear(x, m, weight, None, 1 if m is None else GROUPS))
+
     norm = functools.partial(_norm_of_torch, rounded=rounded) if norm is None else norm
-    h = rounded(norm(rounded(F.linear(x, fc1)), bn1))
+    h = rounded(norm(product(x, fc1), bn1))
     y = keys_of(h, keys)
     if y is not None:
         y = rounded(y)
@@ -155,9 +162,8 @@ def block(
         idx = graph(h, y)
     of_centres, of_keys = rounded(F.linear(h, p)), rounded(F.linear(h if y is None else y, q))
     m = rounded(aggregate(h, idx, y, of_centres, of_keys, a))
-    projected = rounded(grouped_linear(h, m, groups, None, GROUPS))
-    hidden = rounded(norm(projected, bn2, gelu=True))
-    return rounded(norm(rounded(F.linear(hidden, fc2)), bn3, residual=x)), idx, m
+    hidden = rounded(norm(product(h, groups, m), bn2, gelu=True))
+    return rounded(norm(product(hidden, fc2), bn3, residual=x)), idx, m
 
 
 def _step(case: Case, run: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[[Inputs], Any]:
@@ -192,8 +198,9 @@ def run_ours(case: Case, backend: str) -> Callable[[Inputs], Any]:
         y = fer_kernels.batch_norm_act(rows, *scale_and_shift, act=act, residual=along, backend="cpu")
         return y.view_as(nodes)
 
-    fused = norm if backend == "cpu" else None
-    return _step(case, lambda *leaves: block(*leaves, keys, graph, aggregate, fused))
+    on_cpu = backend == "cpu"
+    last = (norm, "auto") if on_cpu else (None, "reference")
+    return _step(case, lambda *leaves: block(*leaves, keys, graph, aggregate, *last))
 
 
 def _plain(case: Case, aggregate: Aggregate) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:

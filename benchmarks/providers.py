@@ -41,10 +41,8 @@ def _backend_problem(op: str, backend: str, case: Case, device: str) -> str | No
     if backend == "triton" and dispatch.TRITON_INTERPRETED:
         return "Triton's interpreter is for tests, not for timing"
     probe = torch.empty(0, dtype=case.dtype, device=device)
-    reasons = [
-        *dispatch.missing_reasons(backend),
-        *dispatch.OPERATORS[op].not_supported_reasons(backend, probe),
-    ]
+    operator = dispatch.OPERATORS[op]
+    reasons = [*operator.missing_reasons(backend), *operator.not_supported_reasons(backend, probe)]
     return "; ".join(dict.fromkeys(reasons)) or None
 
 

@@ -110,7 +110,6 @@ class Operator:
             )
         return registered[backend]
 
-
     def platform_problems(self, backend: str) -> list[str]:
         """Why this backend is missing from this installation, whatever the call."""
         problem = None
@@ -213,6 +212,17 @@ def define(
         operator.registered.update(overloads)
         OPERATORS[operator.name] = operator
     return overloads
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast reaches into operators, and would turn float32 products into bfloat16 ones."""
+
+    @functools.wraps(function)
+    def call(first: torch.Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *rest)
+
+    return call
 
 
 def differentiated(

@@ -295,7 +295,7 @@ void run_rows(const Call& call, const Tensor& like, bool transposed,
   });
   constexpr int64_t unit = 32;  // the rows of two tiles
   const int64_t units = (call.rows + unit - 1) / unit;
-  const int64_t work = call.rows * call.groups * call.in * call.out * (call.m ? 2 : 1);
+  const int64_t work = call.rows * call.groups * call.in * call.out * call.sides;
   torch::stable::parallel_for(0, units, linear_grain(units, work), [&](int64_t begin, int64_t end) {
     product(call, tiles, begin * unit, std::min(call.rows, end * unit));
   });
@@ -315,10 +315,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Ten
   const auto call = fer::bindings::linear_backward(grad, x, m, weight, groups, need_nodes, need_weight);
   if (need_nodes) run_rows<fer::LinearBackward>(call, x, true, &linear_input_gradient);
   if (need_weight) {
-    const int64_t parts = linear_parts(call), out = call.groups * call.out;
-    const Tensor sums = torch::stable::new_empty(x, {parts * linear_part_size(call)}, ScalarType::Float);
+    const int64_t parts = linear_parts(call), units = parts * linear_part_units(call), out = call.groups * call.out;
+    const Tensor sums = torch::stable::new_empty(x, {parts * linear_part_size(call)});
     float* data = static_cast<float*>(sums.mutable_data_ptr());
-    torch::stable::parallel_for(0, parts, linear_grain(parts, call.rows * out * call.in), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, units, linear_grain(units, call.rows * out * call.in), [&](int64_t begin, int64_t end) {
       linear_weight_parts(call, data, begin, end);
     });
     torch::stable::parallel_for(0, out, std::max<int64_t>(1, 30'000 / call.in), [&](int64_t begin, int64_t end) {

@@ -32,9 +32,9 @@ void fill_linear(Call& call, const Tensor& x, const std::optional<Tensor>& m, co
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && groups >= 1, "linear: x (rows, C) and weight must be 2-D");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "linear: x must be float32");
   call.rows = x.size(0), call.groups = groups;
-  call.in = x.size(1) / groups, call.out = weight.size(0) / groups;
+  call.in = x.size(1) / groups, call.out = weight.size(0) / groups, call.sides = m ? 2 : 1;
   STD_TORCH_CHECK(call.in >= 1 && call.out >= 1 && x.size(1) == groups * call.in &&
-                      is_like(weight, x, {groups * call.out, call.in * (m ? 2 : 1)}),
+                      is_like(weight, x, {groups * call.out, call.in * call.sides}),
                   "linear: weight must be (C_out, C_in / groups), groups divide both, and be as x");
   STD_TORCH_CHECK(!m || is_like(*m, x, {call.rows, groups * call.in}), "linear: m must be as x");
   call.x = float_input(call, x);

@@ -64,9 +64,11 @@ void linear_pack(const LinearCall& call, bool transposed, uint16_t* packed, int6
 // Rows [begin, end) of y, and of dx and dm.
 void linear(const LinearForward& call, const uint16_t* packed, int64_t begin, int64_t end);
 void linear_input_gradient(const LinearBackward& call, const uint16_t* packed, int64_t begin, int64_t end);
-// dweight: parts [begin, end) of all, each of linear_part_size(call) numbers; then rows from all parts.
+// dweight: all parts, each of linear_part_size(call) numbers and made in linear_part_units(call) units, of which
+// [begin, end); then rows from all parts.
 int64_t linear_parts(const LinearCall& call);
 int64_t linear_part_size(const LinearCall& call);
+int64_t linear_part_units(const LinearCall& call);
 void linear_weight_parts(const LinearBackward& call, float* parts, int64_t begin, int64_t end);
 void linear_weight_merge(const LinearBackward& call, const float* parts, int64_t begin, int64_t end);
 }  // namespace avx512

@@ -29,7 +29,8 @@ constexpr int64_t kStep = kPieces * kTile;  // and of one step, 32 numbers of wh
 // Steps that are multiplied at once: what two tiles of rows and two of columns take then, 48 KB, the innermost
 // cache holds. With 6 steps instead, products took a fifth longer, although sums were written half as often.
 constexpr int64_t kDeep = 4;
-constexpr int64_t kTurn = 128;              // rows for which a weight is read once
+constexpr int64_t kMostRows = 256;          // for which a weight is read once
+constexpr int64_t kPanel = 24;              // blocks of a weight's gradient at once, either way: what the cache holds
 constexpr int64_t kPartRows = 1024, kParts = 8;  // of a weight's gradient: rows of a part, and most parts
 
 // ---- tile instructions ----
@@ -158,9 +159,9 @@ Columns<Float> outputs(const LinearCall& call, Float* y, int64_t g) {
 // The sixteen numbers of a weight's row that belong to block b of its group's inputs; zeros where there are none.
 inline __m512 weight_block(const LinearCall& call, int64_t group, int64_t row, int64_t b) {
   const int64_t half = blocks_of(call.in), at = b % half * 16, count = std::min<int64_t>(16, call.in - at);
-  if (row >= call.out || b >= half * (call.m ? 2 : 1)) return _mm512_setzero_ps();
-  const float* weight = call.weight + (group * call.out + row) * call.in * (call.m ? 2 : 1);
-  if (!call.m) return masked(weight + at, first_lanes(count));
+  if (row >= call.out || b >= half * call.sides) return _mm512_setzero_ps();
+  const float* weight = call.weight + (group * call.out + row) * call.in * call.sides;
+  if (call.sides == 1) return masked(weight + at, first_lanes(count));
   const __m512 low = masked(weight + 2 * at, first_lanes(2 * count));
   const __m512 high = masked(weight + 2 * at + 16, first_lanes(2 * count - 16));
   const __m512i each = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
@@ -226,28 +227,45 @@ void pack_weight(const LinearCall& call, bool transposed, int64_t group, int64_t
   store_tile(tile, rows);
 }
 
-// Blocks [from, to) of the columns for a product over rows [begin, end), 32 of them a tile, as the left side's,
-// transposed, or as the right side's: [block][kDeep tiles].
-void pack_rows(const Columns<const float>& columns, int64_t from, int64_t to, int64_t begin, int64_t end, bool left,
-               uint16_t* packed) {
-  for (int64_t r = begin; r < end; r += 32, packed += kStep)
-    for (int64_t b = from; b < to; ++b) {
-      const Block<const float> block = columns[b];
-      __m512i rows[kPieces][16];
-      for (int p = 0; p < 16; ++p) {
-        Pieces first, second;
-        const int64_t at = r + 2 * p;
-        const float* row = block.first + at * columns.pitch;
-        __builtin_prefetch(row + 64), __builtin_prefetch(row + columns.pitch + 64);
-        split(masked(row, at < end ? block.mask : 0), first);
-        split(masked(row + columns.pitch, at + 1 < end ? block.mask : 0), second);
-        for (int i = 0; i < kPieces; ++i) rows[i][p] = in_pairs(first[i], second[i]);
-      }
-      if (left)
-        for (int i = 0; i < kPieces; ++i) transpose(rows[i]);
-      store_tile(packed + (b - from) * kDeep * kStep, rows);
+// Blocks [from, to) of columns on their way to tiles for a product over rows [begin, end), 32 rows a tile, as the
+// left side's, transposed, or as the right side's: [block][kDeep tiles]. A little at a time as well.
+struct RowPacking {
+  Columns<const float> columns;
+  int64_t from = 0, to = 0, begin = 0, end = 0;
+  bool left = false;
+  uint16_t* packed = nullptr;
+  int64_t row = begin, b = from, part = 0;  // what comes next: of a tile, sixteen pairs of rows and three turns
+  Block<const float> block = from < to ? columns[from] : Block<const float>{};
+
+  int64_t parts() const { return left ? 16 + kPieces : 16; }
+  int64_t count() const { return (end - begin + 31) / 32 * (to - from) * parts(); }
+  bool one() {
+    if (row >= end || from == to) return false;
+    uint16_t* tile = packed + ((b - from) * kDeep + (row - begin) / 32) * kStep;
+    if (part < 16) {
+      Pieces first, second;
+      const int64_t at = row + 2 * part;
+      const float* numbers = block.first + at * columns.pitch;
+      __builtin_prefetch(numbers + 64), __builtin_prefetch(numbers + columns.pitch + 64);
+      split(masked(numbers, at < end ? block.mask : 0), first);
+      split(masked(numbers + columns.pitch, at + 1 < end ? block.mask : 0), second);
+      for (int i = 0; i < kPieces; ++i)
+        _mm512_store_si512(tile + i * kTile + part * 32, in_pairs(first[i], second[i]));
+    } else {
+      tile += (part - 16) * kTile;
+      __m512i rows[16];
+      for (int p = 0; p < 16; ++p) rows[p] = _mm512_load_si512(tile + p * 32);
+      transpose(rows);
+      for (int p = 0; p < 16; ++p) _mm512_store_si512(tile + p * 32, rows[p]);
     }
-}
+    if (++part == parts()) {
+      part = 0;
+      if (++b == to) b = from, row += 32;
+      block = columns[b];
+    }
+    return true;
+  }
+};
 
 // ---- products ----
 
@@ -273,13 +291,12 @@ struct Ahead {
     }
   }
 };
-constexpr int kFetches = 6;  // of each kind in a step
-
 // Tiles 0 to 3, the sums of two row tiles by two column tiles, go on over `steps` steps. A tile's steps follow
 // each other; `across` is the way from the first row (column) tile to the second. Largest products last.
+// meanwhile() is called kTurns times a step: the processor has time while the tiles multiply.
+template <class F>
 inline void multiply(const uint16_t* left, int64_t left_across, const uint16_t* right, int64_t right_across,
-                     int64_t steps, Ahead<true> sums = {}, Ahead<false> weight = {}, Packing* packing = nullptr,
-                     int64_t each = 0) {
+                     int64_t steps, F meanwhile) {
   const auto load_left = [&](int piece) {
     tile_load<4>(left + piece * kTile, 64);
     tile_load<5>(left + left_across + piece * kTile, 64);
@@ -288,25 +305,23 @@ inline void multiply(const uint16_t* left, int64_t left_across, const uint16_t* 
     tile_load<6>(right + piece * kTile, 64);
     tile_load<7>(right + right_across + piece * kTile, 64);
   };
-  const auto products = [] {
+  const auto products = [&] {
     tile_product<0, 4, 6>();
     tile_product<1, 4, 7>();
     tile_product<2, 5, 6>();
     tile_product<3, 5, 7>();
-  };
-  const auto fetch = [&] {
-    sums.fetch(), weight.fetch();
-    for (int64_t i = 0; i < each; ++i) packing->one();
+    meanwhile();
   };
   for (int64_t s = 0; s < steps; ++s, left += kStep, right += kStep) {
-    load_left(0), load_right(2), products(), fetch();
-    load_right(1), products(), fetch();
-    load_left(1), products(), fetch();
-    load_right(0), products(), fetch();
-    load_left(2), products(), fetch();
-    load_left(0), products(), fetch();
+    load_left(0), load_right(2), products();
+    load_right(1), products();
+    load_left(1), products();
+    load_right(0), products();
+    load_left(2), products();
+    load_left(0), products();
   }
 }
+constexpr int64_t kTurns = 6;
 
 inline void zero_sums() {
   tile_zero<0>();
@@ -336,7 +351,7 @@ inline int64_t depth(int64_t steps) { return (steps + (steps - 1) / kDeep) / ((s
 // every block, or null, in its first steps, and plus what is there in later ones. Packs what comes next.
 void multiply_rows(const uint16_t* left, const uint16_t* weight, const float* start, const Columns<float>& out, int64_t begin,
                    int64_t end, int64_t from, int64_t to, int64_t steps, Packing& next) {
-  const int64_t tile_rows = (end - begin + 15) / 16, across = (to - from) * kStep, times = kFetches * (to - from);
+  const int64_t tile_rows = (end - begin + 15) / 16, across = (to - from) * kStep, times = kTurns * (to - from);
   const int64_t calls = times * ((out.blocks() + 1) / 2) * ((tile_rows + 1) / 2), each = (next.left() + calls - 1) / calls;
   const bool wide = out.blocks() * steps * kStep * 2 > 1 << 20;  // more than stays in the cache
   for (int64_t b = 0; b < out.blocks(); b += 2) {
@@ -359,15 +374,18 @@ void multiply_rows(const uint16_t* left, const uint16_t* weight, const float* st
         }
         load_sums(sums, 32);
       }
-      Ahead<true> ahead;
+      Ahead<true> written;
       if (from == 0 && in_place) {
         const bool below = t + 4 <= tile_rows;
-        ahead = {below ? at + 32 * out.pitch : out[b + 2].first + begin * out.pitch, out.pitch, 32, 32, times};
+        written = {below ? at + 32 * out.pitch : out[b + 2].first + begin * out.pitch, out.pitch, 32, 32, times};
       }
       const float* panel = reinterpret_cast<const float*>(right + (t == 0 ? 2 : 3) * steps * kStep);
-      const Ahead<false> later(panel, 0, across / 2, wide && t < 4 ? 1 : 0, times);
+      Ahead<false> later(panel, 0, across / 2, wide && t < 4 ? 1 : 0, times);
       // where there is no second row tile it is the first again: nobody stores it
-      multiply(left + t * across, t + 1 < tile_rows ? across : 0, right, steps * kStep, to - from, ahead, later, &next, each);
+      multiply(left + t * across, t + 1 < tile_rows ? across : 0, right, steps * kStep, to - from, [&] {
+        written.fetch(), later.fetch();
+        for (int64_t i = 0; i < each; ++i) next.one();
+      });
       if (in_place) {
         store_sums(at, out.pitch);
         continue;
@@ -387,62 +405,83 @@ template <class In, class Out, class Start>
 void rows_product(int64_t groups, In in, Out out, Start start, const uint16_t* packed, int64_t size, int64_t begin, int64_t end) {
   const Tiles tiles;
   const int64_t steps = steps_of(in(0).blocks()), deep = depth(steps), depths = (steps + deep - 1) / deep;
-  const Buffer<uint16_t> both = allocate<uint16_t>(2 * kTurn / 16 * deep * kStep);
-  const int64_t works = (end - begin + kTurn - 1) / kTurn * groups * depths;
+  const int64_t most = out(0).blocks() > 64 ? kMostRows / 2 : kMostRows;  // sums have to stay in the cache, too
+  const int64_t turns = (end - begin + most - 1) / most;
+  const int64_t turn = ((end - begin) / std::max<int64_t>(1, turns) + 31) / 32 * 32, size_of_left = turn / 16 * deep * kStep;
+  const Buffer<uint16_t> both = allocate<uint16_t>(2 * size_of_left);
+  const int64_t works = (end - begin + turn - 1) / turn * groups * depths;
   const auto packing = [&](int64_t work) {
     if (work == works) return Packing();
-    const int64_t r = begin + work / (groups * depths) * kTurn, from = work % depths * deep;
-    uint16_t* to = both.get() + work % 2 * (kTurn / 16 * deep * kStep);
-    return Packing(in(work / depths % groups), r, std::min(end, r + kTurn), from, std::min(steps, from + deep), to);
+    const int64_t r = begin + work / (groups * depths) * turn, from = work % depths * deep;
+    uint16_t* to = both.get() + work % 2 * size_of_left;
+    return Packing(in(work / depths % groups), r, std::min(end, r + turn), from, std::min(steps, from + deep), to);
   };
   Packing now = packing(0);
   now.rest();
   for (int64_t work = 0; work < works; ++work) {
     Packing next = packing(work + 1);
-    const int64_t r = begin + work / (groups * depths) * kTurn, g = work / depths % groups, from = work % depths * deep;
-    multiply_rows(now.to, packed + g * size, start(g), out(g), r, std::min(end, r + kTurn), from, std::min(steps, from + deep),
+    const int64_t r = begin + work / (groups * depths) * turn, g = work / depths % groups, from = work % depths * deep;
+    multiply_rows(now.to, packed + g * size, start(g), out(g), r, std::min(end, r + turn), from, std::min(steps, from + deep),
                   steps, next);
     now = next;
   }
 }
 
-// The product over rows [begin, end) for one group: (out blocks * 16, in blocks * 16), even numbers of blocks.
-void weight_part(const LinearBackward& call, int64_t group, int64_t begin, int64_t end, float* sum) {
-  constexpr int64_t kRows = 32 * kDeep, across = kDeep * kStep, kPanel = 32;
+// The product over rows [begin, end) for one group and blocks [first, last) of its outputs:
+// (out blocks * 16, in blocks * 16), even numbers of blocks.
+void weight_part(const LinearBackward& call, int64_t group, int64_t first, int64_t last, int64_t begin, int64_t end, float* sum) {
+  constexpr int64_t kRows = 32 * kDeep, across = kDeep * kStep;
   const auto x = inputs(call, call.x, call.m, group);
   const auto grad = outputs(call, call.grad, group);
-  const int64_t tall = even(grad.blocks()), broad = even(x.blocks()), pitch = broad * 16;
-  const Buffer<uint16_t> left = allocate<uint16_t>(tall * across);
-  const Buffer<uint16_t> right = allocate<uint16_t>(std::min(kPanel, broad) * across);
+  const int64_t tall = last - first, broad = even(x.blocks()), pitch = broad * 16;
+  const int64_t panels = (broad + kPanel - 1) / kPanel, works = (end - begin + kRows - 1) / kRows * panels;
+  const int64_t left_size = tall * across, right_size = std::min(kPanel, broad) * across;
+  const Buffer<uint16_t> left = allocate<uint16_t>(2 * left_size), right = allocate<uint16_t>(2 * right_size);
+  struct Both {
+    RowPacking grad, x;
+    bool one() { return grad.one() || x.one(); }
+  };
+  // rows by panels of x's blocks; the gradient's tiles serve all panels
+  const auto packing = [&](int64_t work) {
+    if (work == works) return Both{{grad}, {x}};
+    const int64_t turn = work / panels, panel = work % panels * kPanel;
+    const int64_t r = begin + turn * kRows, to = std::min(end, r + kRows);
+    return Both{{grad, first, panel == 0 ? last : first, r, to, true, left.get() + turn % 2 * left_size},
+                {x, panel, std::min(broad, panel + kPanel), r, to, false, right.get() + work % 2 * right_size}};
+  };
+  for (Both start = packing(0); start.one();) continue;
   alignas(64) float sums[32 * 32];
-  for (int64_t r = begin; r < end; r += kRows) {
-    const int64_t to = std::min(end, r + kRows), steps = (to - r + 31) / 32;
-    pack_rows(grad, 0, tall, r, to, true, left.get());
-    for (int64_t panel = 0; panel < broad; panel += kPanel) {
-      const int64_t most = std::min(broad, panel + kPanel);
-      pack_rows(x, panel, most, r, to, false, right.get());
-      for (int64_t a = 0; a < tall; a += 2)
-        for (int64_t b = panel; b < most; b += 2) {
-          float* at = sum + a * 16 * pitch + b * 16;
-          zero_sums();
-          multiply(left.get() + a * across, across, right.get() + (b - panel) * across, across, steps);
-          if (r == begin) {
-            store_sums(at, pitch);
-            continue;
-          }
-          // added here: tiles that went on from the last sum would round to it six times every 32 rows
-          store_sums(sums, 32);
-          for (int i = 0; i < 32; ++i)
-            for (int h = 0; h < 32; h += 16) {
-              float* row = at + i * pitch + h;
-              _mm512_storeu_ps(row, _mm512_add_ps(_mm512_loadu_ps(row), _mm512_load_ps(sums + 32 * i + h)));
-            }
+  for (int64_t work = 0; work < works; ++work) {
+    const Both now = packing(work);
+    const int64_t steps = (now.x.end - now.x.begin + 31) / 32;
+    const uint16_t* turned = left.get() + work / panels % 2 * left_size;
+    Both next = packing(work + 1);
+    const int64_t calls = kTurns * steps * (tall / 2) * ((now.x.to - now.x.from) / 2);
+    const int64_t each = (next.grad.count() + next.x.count() + calls - 1) / calls;
+    for (int64_t a = 0; a < tall; a += 2)
+      for (int64_t b = now.x.from; b < now.x.to; b += 2) {
+        float* at = sum + (first + a) * 16 * pitch + b * 16;
+        zero_sums();
+        multiply(turned + a * across, across, now.x.packed + (b - now.x.from) * across, across, steps, [&] {
+          for (int64_t i = 0; i < each; ++i) next.one();
+        });
+        if (now.x.begin == begin) {
+          store_sums(at, pitch);
+          continue;
         }
-    }
+        // added here: tiles that went on from the last sum would round to it six times every 32 rows
+        store_sums(sums, 32);
+        for (int i = 0; i < 32; ++i)
+          for (int h = 0; h < 32; h += 16) {
+            float* row = at + i * pitch + h;
+            _mm512_storeu_ps(row, _mm512_add_ps(_mm512_loadu_ps(row), _mm512_load_ps(sums + 32 * i + h)));
+          }
+      }
+    while (next.one()) continue;
   }
 }
 
-int64_t in_blocks(const LinearCall& call) { return blocks_of(call.in) * (call.m ? 2 : 1); }
+int64_t in_blocks(const LinearCall& call) { return blocks_of(call.in) * call.sides; }
 
 // Rows of a part of dweight: by the shape alone, so that sums have one order however many threads there are.
 int64_t part_rows(const LinearCall& call) {
@@ -496,27 +535,30 @@ void linear_input_gradient(const LinearBackward& call, const uint16_t* packed, i
 
 int64_t linear_parts(const LinearCall& call) { return call.groups * ((call.rows + part_rows(call) - 1) / part_rows(call)); }
 int64_t linear_part_size(const LinearCall& call) { return even(blocks_of(call.out)) * even(in_blocks(call)) * 256; }
+int64_t linear_part_units(const LinearCall& call) { return (even(blocks_of(call.out)) + kPanel - 1) / kPanel; }
 
 void linear_weight_parts(const LinearBackward& call, float* parts, int64_t begin, int64_t end) {
   const Tiles tiles;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t first = unit / call.groups * part_rows(call), last = std::min(call.rows, first + part_rows(call));
-    weight_part(call, unit % call.groups, first, last, parts + unit * linear_part_size(call));
+    const int64_t part = unit / linear_part_units(call), first = unit % linear_part_units(call) * kPanel;
+    const int64_t row = part / call.groups * part_rows(call);
+    weight_part(call, part % call.groups, first, std::min(first + kPanel, even(blocks_of(call.out))), row,
+                std::min(call.rows, row + part_rows(call)), parts + part * linear_part_size(call));
   }
 }
 
 void linear_weight_merge(const LinearBackward& call, const float* parts, int64_t begin, int64_t end) {
-  const int64_t half = blocks_of(call.in) * 16, pitch = even(in_blocks(call)) * 16, units = linear_parts(call);
+  const int64_t half = blocks_of(call.in) * 16, pitch = even(in_blocks(call)) * 16, count = linear_parts(call);
   const Buffer<float> sum = allocate<float>(pitch);
   for (int64_t row = begin; row < end; ++row) {
     std::fill_n(sum.get(), pitch, 0.0f);
-    for (int64_t unit = row / call.out; unit < units; unit += call.groups) {
-      const float* part = parts + unit * linear_part_size(call) + row % call.out * pitch;
+    for (int64_t i = row / call.out; i < count; i += call.groups) {
+      const float* part = parts + i * linear_part_size(call) + row % call.out * pitch;
       for (int64_t c = 0; c < pitch; ++c) sum[c] += part[c];
     }
-    float* to = call.dweight + row * call.in * (call.m ? 2 : 1);
+    float* to = call.dweight + row * call.in * call.sides;
     for (int64_t c = 0; c < call.in; ++c)
-      call.m ? (to[2 * c] = sum[c], to[2 * c + 1] = sum[half + c]) : to[c] = sum[c];
+      call.sides == 2 ? (to[2 * c] = sum[c], to[2 * c + 1] = sum[half + c]) : to[c] = sum[c];
   }
 }
 

@@ -8,30 +8,16 @@ choice was made does not matter to it.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..checks import accumulation_dtype
+from ..dispatch import without_autocast
 
 MODES = ("none", "key", "soft", "entry", "random", "dropkey")  # their numbers in the schema
 NONE, KEY, SOFT, ENTRY, RANDOM, DROPKEY = range(len(MODES))
 NEARLY_UNIFORM = 0.05  # key, random, entry: a head whose M * std(c) is below this drops nothing
 LOST_MASS = 1e-6  # entry: a row that would keep less than this is left whole
-
-
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast reaches into operators, and would turn float32 products into bfloat16 ones."""
-
-    @functools.wraps(function)
-    def call(first: Tensor, *rest: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *rest)
-
-    return call
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -135,7 +121,7 @@ def unpack(bits: Tensor, keys: int) -> Tensor:
     return (bits.unsqueeze(-1) & places).ne(0).flatten(-2)[..., :keys]
 
 
-@_without_autocast
+@without_autocast
 def jad(
     q: Tensor,
     k: Tensor,
@@ -180,7 +166,7 @@ def jad(
     return out, lse, column_mean, bias, bits
 
 
-@_without_autocast
+@without_autocast
 def jad_backward(
     grad: Tensor,
     q: Tensor,
@@ -213,14 +199,14 @@ def jad_backward(
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
-@_without_autocast
+@without_autocast
 def column_mean(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The column means (B, H, M) and the log-sum-exp of the rows (B, H, N)."""
     weights, lse = _weights(_scores(q, k, scale))
     return weights.mean(2), lse
 
 
-@_without_autocast
+@without_autocast
 def column_mean_backward(
     grad: Tensor, q: Tensor, k: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

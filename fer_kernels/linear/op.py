@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import checks, dispatch, extension
 from . import reference
 
 OPERATOR = dispatch.Operator(
     "linear",
-    dtypes={"reference": checks.FLOATING, "cpu": (torch.float32, torch.bfloat16)},
-    problems={} if extension.TILES else {"cpu": "this processor has no bfloat16 tiles (AMX) to multiply with"},
+    dtypes={"reference": checks.FLOATING, "cpu": (torch.float32,)},
+    problems={} if extension.TILES else {"cpu": "this processor does not multiply tiles of bfloat16 (AMX)"},
 )
 
-# From so many rows and channels on, the kernel beat torch's product (docs/performance.md).
+# From so many rows and channels on, the kernel beats torch's product (docs/performance.md).
 ROWS, WIDTH = 1024, 96
 
 
@@ -34,9 +35,8 @@ def _fake_backward(grad, x, m, weight, groups, need_nodes, need_weight):
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, m, weight, bias, ctx.groups = inputs
+    x, m, weight, _, ctx.groups = inputs
     ctx.save_for_backward(x, m, weight)
-    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(backend: str, ctx: Any, grad: Tensor) -> tuple:
@@ -46,7 +46,7 @@ def _backward(backend: str, ctx: Any, grad: Tensor) -> tuple:
     need_nodes = nodes or of_m
     found = run(grad, *ctx.saved_tensors, ctx.groups, need_nodes, of_weight)
     dx, dm, dweight = (g if w else None for g, w in zip(found, (nodes, of_m, of_weight), strict=True))
-    return dx, dm, dweight, grad.sum(0, dtype=ctx.bias_dtype) if of_bias else None, None
+    return dx, dm, dweight, grad.sum(0) if of_bias else None, None
 
 
 def _setup_double(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -92,36 +92,34 @@ def linear(
 
     Args:
         x: (..., C_in); float32, float64, bfloat16 or float16.
-        weight: (C_out, C_in / groups); of x's dtype, or float32, in which its gradient then is.
-        bias: (C_out); of x's dtype, or float32.
+        weight: (C_out, C_in / groups), of x's dtype.
+        bias: (C_out), of x's dtype.
         m: as x: what is multiplied is x0, m0, x1, m1, ..., and the weight is (C_out, 2 C_in / groups).
         groups: divides C_in and C_out.
-        backend: "auto", "reference" or "cpu". The last multiplies tiles of bfloat16 (AMX), for float32 the
-            pieces of which a number consists, and no processor without them can run it. There is none for
-            GPUs, where torch's own product is as good.
+        backend: "auto", "reference" or "cpu". The last is for float32 on processors that multiply tiles of
+            bfloat16 (AMX): it multiplies the three bfloat16 pieces of which a float32 number consists. There
+            is none for GPUs, nor for bfloat16, where torch's own product is as fast.
 
     Returns:
-        y (..., C_out) of x's dtype.
+        y (..., C_out) of x's dtype, also under autocast.
 
-    In float32, "cpu" is at least as exact as a sum in float32. Only numbers beyond 3.39e38, infinities with
-    them, make NaN of what they enter, and below 1e-33 the last digits are lost. In bfloat16 sums are in
-    float32 and rounded once. Bitwise reproducible, whatever the number of threads. Second derivatives work;
-    the reference computes them.
+    "cpu" is as exact as sums in float32, mostly more so, with two exceptions: numbers beyond 3.38e38 make NaN
+    of what they enter, infinities included, and numbers below 1e-33 lose digits. It makes the same bits on
+    every run, whatever the number of threads. Second derivatives work; the reference computes them.
     """
     _check(x, weight, bias, m, groups)
     run = OPERATOR.choose(backend, x)
-    if bias is not None:
-        bias = bias.to(checks.accumulation_dtype(x.dtype))
-    rows = x.flatten(0, -2)
-    y = run(rows, None if m is None else m.flatten(0, -2), weight, bias, groups)
+    y = run(x.flatten(0, -2), None if m is None else m.flatten(0, -2), weight, bias, groups)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether "auto" takes a kernel for x and weight that is worth its calls: torch's own product is faster
-    than the reference, and than the kernel where there is little to multiply or the result is most of the work."""
-    traced = torch.compiler.is_compiling()  # shapes may be open, and what is exported runs elsewhere
-    if traced or x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
+    """Whether "auto" takes a kernel for x and weight that is faster than torch's own product: the reference
+    never is, nor the kernel where there is little to multiply."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    # Where shapes may be open, where what is traced runs elsewhere, and where products are counted.
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
     if x.numel() < ROWS * x.shape[-1] or min(x.shape[-1], weight.shape[0]) < WIDTH:
         return False
@@ -143,10 +141,8 @@ def _check(x, weight, bias, m, groups) -> None:
             continue
         checks.dense_tensor(here, name, tensor)
         checks.same_device(here, name, tensor, "x", x)
-        allowed = (x.dtype,) if name == "m" else (x.dtype, checks.accumulation_dtype(x.dtype))
-        if tensor.dtype not in allowed:
-            wanted = " or ".join(dict.fromkeys(map(str, allowed)))
-            raise TypeError(f"{here}: {name} must be {wanted} for x {x.dtype}, got {tensor.dtype}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{here}: {name} must be {x.dtype} as x, got {tensor.dtype}")
     columns = x.shape[-1] // groups * (1 if m is None else 2)
     if weight.dim() != 2 or weight.shape[1] != columns or not weight.shape[0] or weight.shape[0] % groups:
         raise ValueError(

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks, dispatch
-from ..linear import op as linear
+from .. import checks, dispatch, extension
+from ..linear.op import is_faster, linear
+from ..linear.reference import interleave
 from ..relation.op import MAX_NEIGHBOURS, relation_aggregate, reverse_graph
 from ..relation.reference import neighbours
 from .graph import check_grid
-from .norm import fuses, joined, norm_act
+from .norm import apart, fused, fuses, joined
 
 Norm = str | Callable[[int], nn.Module] | None
 Act = str | Callable[[], nn.Module] | None
@@ -29,7 +30,6 @@ Act = str | Callable[[], nn.Module] | None
 # the copies that bring every group's columns together for a batched product, up to this width of a group:
 # forward and backward of 3,136 nodes took 0.5 of the time at C = 192, 0.8 at C = 320 and 1.1 at C = 400.
 TILED_WIDTH = 160
-_TILES = torch.cpu._is_amx_tile_supported()
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 _ACTS: dict[str, Callable[[], nn.Module]] = {
@@ -39,11 +39,6 @@ _ACTS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "hardswish": nn.Hardswish,
 }
-
-
-def interleave(x: Tensor, m: Tensor) -> Tensor:
-    """(..., C) and (..., C) to (..., 2C) as x0, m0, x1, m1, ...: every group of a product sees both."""
-    return torch.stack((x, m), -1).flatten(-2)
 
 
 class GroupedLinear(nn.Module):
@@ -96,13 +91,15 @@ class GroupedLinear(nn.Module):
 def grouped_linear(x: Tensor, m: Tensor | None, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     """x (..., C_in), or with m the interleaved x and m (..., C_in / 2), through weight (C_out, C_in / groups)
     to (..., C_out)."""
-    if linear.is_faster(x, weight):
-        return linear.linear(x, weight, bias, m=m, groups=groups)
-    if m is not None and (groups == 1 or x.shape[-1] % groups):
+    if m is not None and x.shape[-1] % groups:
         x, m = interleave(x, m), None
+    if is_faster(x, weight):
+        return linear(x, weight, bias, m=m, groups=groups)
     if groups == 1:
+        x = x if m is None else interleave(x, m)
         return F.linear(x, weight, bias)
-    if _TILES and x.dtype == torch.bfloat16 and x.device.type == "cpu" and weight.shape[1] <= TILED_WIDTH:
+    tiled = extension.TILES and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    if tiled and weight.shape[1] <= TILED_WIDTH:
         nodes = x if m is None else torch.cat((x, m.to(x.dtype)), -1)
         return F.linear(nodes, _block_diagonal(weight, groups, 1 if m is None else 2), bias)
     if m is None:
@@ -182,15 +179,16 @@ class Projection(nn.Module):
             x = grouped_linear(x, m, weight, bias, linear.groups)
             x = x if also is None else torch.addcmul(x, also.to(x.dtype), scale.to(x.dtype))
             return self.act(joined(x, residual, gain))
-        if fuses(self.norm, self.act, x):  # the bias changes what the norm tracks, and no more
+        in_one = fuses(self.norm, self.act, x)
+        if in_one:  # the bias changes what the norm tracks, and no more
             x = grouped_linear(x, m, linear.weight, None, linear.groups)
-            shift = linear.bias
         else:
             x = linear(x) if m is None else linear.interleaved(x, m)
-            shift = None
         if also is not None:
             x = x + also
-        return norm_act(self.norm, self.act, x, residual=residual, gain=gain, shift=shift)
+        if in_one:
+            return fused(self.norm, self.act, x, residual, gain, shift=linear.bias)
+        return apart(self.norm, self.act, x, residual, gain)
 
     def _folds(self, x: Tensor) -> bool:
         """Whether the norm is a fixed scale and shift that is cheaper in the weights: on a CPU, where a pass

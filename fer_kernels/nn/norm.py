@@ -10,40 +10,50 @@ from .. import checks
 from ..norm import op
 
 
-def fuses(norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
+def fuses(norm: nn.Module, act: nn.Module | None, x: Tensor) -> bool:
     """Whether `norm_act` is one operator for what these make of x: a batch norm by its own statistics, an
     activation that the operator knows, and a kernel for x's device."""
     learns = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d) and norm.training and norm.momentum is not None
-    known = type(act) in (nn.Identity, nn.ReLU) or (type(act) is nn.GELU and act.approximate == "none")
+    known = type(act) in (type(None), nn.Identity, nn.ReLU) or (
+        type(act) is nn.GELU and act.approximate == "none"
+    )
     return learns and known and x.numel() > x.shape[-1] > 0 and op.has_kernel(x)
 
 
 def norm_act(
     norm: nn.Module,
-    act: nn.Module,
+    act: nn.Module | None,
     x: Tensor,
     *,
     residual: Tensor | None = None,
     gain: Tensor | None = None,
-    shift: Tensor | None = None,
 ) -> Tensor:
-    """act(gain * norm(x + shift) + residual), channels last.
+    """act(gain * norm(x) + residual), channels last.
 
     Args:
         norm: over the channels of all rows, such as nn.BatchNorm1d.
-        act: a module; nn.Identity() for none.
+        act: a module, or None.
         x, residual: (B, ..., C).
         gain: (B).
-        shift: (C).
     """
-    if not fuses(norm, act, x):
-        x = x if shift is None else x + shift.to(x.dtype)
-        return act(joined(norm(x.flatten(0, -2)).reshape(x.shape), residual, gain))
+    return (fused if fuses(norm, act, x) else apart)(norm, act, x, residual, gain)
+
+
+def fused(
+    norm: nn.Module,
+    act: nn.Module | None,
+    x: Tensor,
+    residual: Tensor | None,
+    gain: Tensor | None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """What `fuses`, in one operator; of x + shift, with shift (C)."""
     batch_norm: Any = norm
     rows = x.flatten(0, -2)
     if residual is not None:
-        wide = residual.dtype == checks.accumulation_dtype(rows.dtype)
-        residual = residual.reshape(rows.shape) if wide else residual.reshape(rows.shape).to(rows.dtype)
+        residual = residual.reshape(rows.shape)
+        if residual.dtype != checks.accumulation_dtype(rows.dtype):
+            residual = residual.to(rows.dtype)
     if batch_norm.num_batches_tracked is not None:
         batch_norm.num_batches_tracked.add_(1)
     return op.batch_norm_act(
@@ -61,13 +71,23 @@ def norm_act(
     ).reshape(x.shape)
 
 
-def norm_act_maps(norm: nn.Module, act: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def apart(
+    norm: nn.Module, act: nn.Module | None, x: Tensor, residual: Tensor | None, gain: Tensor | None
+) -> Tensor:
+    y = joined(norm(x.flatten(0, -2)).reshape(x.shape), residual, gain)
+    return y if act is None else act(y)
+
+
+def norm_act_maps(
+    norm: nn.Module, act: nn.Module | None, x: Tensor, residual: Tensor | None = None
+) -> Tensor:
     """act(norm(x) + residual) of maps (B, C, height, width); in one operator for channels-last memory."""
     rows = x.permute(0, 2, 3, 1)
     if not (rows.is_contiguous() and fuses(norm, act, rows)):
-        return act(joined(norm(x), residual, None))
+        y = joined(norm(x), residual, None)
+        return y if act is None else act(y)
     along = None if residual is None else residual.permute(0, 2, 3, 1)
-    return norm_act(norm, act, rows, residual=along).permute(0, 3, 1, 2)
+    return fused(norm, act, rows, along, None).permute(0, 3, 1, 2)
 
 
 def joined(x: Tensor, residual: Tensor | None, gain: Tensor | None) -> Tensor:

@@ -44,7 +44,7 @@ def steps(layers: nn.Sequential) -> list[tuple[int, Callable[[Tensor], Tensor]]]
         if isinstance(before, _BatchNorm) and isinstance(layer, (nn.GELU, nn.ReLU)):
             found[-1] = position, functools.partial(norm_act_maps, before, layer)
         elif isinstance(layer, _BatchNorm):
-            found.append((position, functools.partial(norm_act_maps, layer, nn.Identity())))
+            found.append((position, functools.partial(norm_act_maps, layer, None)))
         else:
             found.append((position, layer))
     return found
@@ -215,11 +215,10 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
         self.norm = nn.BatchNorm2d(out_channels)
-        self.act = nn.Identity()
 
     def forward(self, nodes: Tensor, grid: tuple[int, int]) -> Tensor:
         """Nodes (B, h * w, C) to (B, ⌈h/2⌉ * ⌈w/2⌉, C_out)."""
-        return nodes_of(norm_act_maps(self.norm, self.act, self.conv(map_of(nodes, grid))))
+        return nodes_of(norm_act_maps(self.norm, None, self.conv(map_of(nodes, grid))))
 
 
 class Depthwise(nn.Conv2d):

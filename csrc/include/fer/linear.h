@@ -9,10 +9,11 @@ namespace fer {
 struct LinearCall {
   int64_t rows, groups;
   int64_t in, out;  // channels of one group: of x, and of m; of y
+  int64_t sides;    // 2 with m, which has no address where there are no rows; else 1
 
   const float* x;       // (rows, groups * in)
   const float* m;       // the same, or null
-  const float* weight;  // (groups * out, in), with m (groups * out, 2 * in)
+  const float* weight;  // (groups * out, sides * in)
 };
 
 struct LinearForward : LinearCall {

@@ -1,0 +1,162 @@
+"""linear: products of a network's nodes with a weight, in a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fer_kernels
+
+from .gate import unit_roundoff, value_problem
+from .providers import ours
+from .registry import Case, Cost, Inputs, Provider, Suite, register
+
+# Rows, columns in and out, groups: layers of ViG-Ti's blocks at 224 pixels and B = 16, and of a last pyramid
+# stage. In groups, x and m are the columns.
+LAYERS = (
+    (3136, 192, 192, 1),
+    (3136, 192, 768, 1),
+    (3136, 768, 192, 1),
+    (3136, 384, 384, 4),
+    (1568, 640, 640, 1),
+    (1568, 1280, 1280, 4),
+)
+
+
+def _cases() -> Iterator[Case]:
+    for rows, width, out, groups in LAYERS:
+        shape = {"N": rows, "C": width, "O": out, "G": groups}
+        for direction in ("forward", "backward"):
+            yield Case(
+                op="linear",
+                name=f"n{rows}-c{width}-o{out}" + (f"-g{groups}" if groups > 1 else ""),
+                shape=shape,
+                dtype=torch.float32,
+                cost=_cost(shape, direction),
+                make_inputs=_make_inputs,
+                devices=("cpu",),
+                direction=direction,
+                tags=("grouped" if groups > 1 else "plain",),
+            )
+
+
+def _cost(shape: dict[str, int], direction: str) -> Cost:
+    """x, the weight and y once; in a step, x, the weight and y's gradient again, and two gradients."""
+    rows, width, out, groups = (shape[name] for name in "NCOG")
+    times = 3 if direction == "backward" else 1
+    elements = times * (rows * (width + out) + width * out // groups)
+    return Cost(bytes=4 * elements, flops=times * 2 * rows * width * out // groups)
+
+
+def _make_inputs(case: Case, generator: torch.Generator) -> Inputs:
+    rows, width, out, groups = (case.shape[name] for name in "NCOG")
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    inputs = {"weight": draw(out, width // groups) / (width // groups) ** 0.5}
+    if groups > 1:
+        inputs |= {"x": draw(rows, width // 2), "m": draw(rows, width // 2)}
+    else:
+        inputs["x"] = draw(rows, width)
+    return inputs | ({"grad": draw(rows, out)} if case.direction == "backward" else {})
+
+
+def _step(case: Case, function: Callable[..., Tensor]) -> Callable[[Inputs], dict[str, Tensor]]:
+    def call(inputs: Inputs) -> dict[str, Tensor]:
+        leaves = {name: tensor for name, tensor in inputs.items() if name != "grad"}
+        if case.direction == "forward":
+            return {"y": function(**leaves)}
+        leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+        y = function(**leaves)
+        gradients = torch.autograd.grad(y, list(leaves.values()), inputs["grad"])
+        return {"y": y.detach(), **dict(zip((f"d{name}" for name in leaves), gradients, strict=True))}
+
+    return call
+
+
+def _run_ours(case: Case, backend: str) -> Callable[[Inputs], Any]:
+    def function(x: Tensor, weight: Tensor, m: Tensor | None = None) -> Tensor:
+        return fer_kernels.linear(x, weight, m=m, groups=case.shape["G"], backend=backend)
+
+    return _step(case, function)
+
+
+def _of_torch(case: Case) -> Callable[..., Tensor]:
+    """As ViG does it: x and m interleaved, and a 1 x 1 convolution in groups."""
+    groups = case.shape["G"]
+
+    def function(x: Tensor, weight: Tensor, m: Tensor | None = None) -> Tensor:
+        if m is None:
+            return F.linear(x, weight)
+        nodes = torch.stack((x, m), -1).flatten(-2)
+        return F.conv1d(nodes.unsqueeze(-1), weight.unsqueeze(-1), groups=groups).squeeze(-1)
+
+    return function
+
+
+def _open_eager(case: Case, device: str) -> Callable[[Inputs], Any]:
+    return _step(case, _of_torch(case))
+
+
+def _open_compile(case: Case, device: str) -> Callable[[Inputs], Any]:
+    torch.compiler.reset()
+    return _step(case, torch.compile(_of_torch(case), fullgraph=True, dynamic=False))
+
+
+def _bmm_why_not(case: Case, device: str) -> str | None:
+    return None if case.shape["G"] > 1 else "there are no groups"
+
+
+def _open_bmm(case: Case, device: str) -> Callable[[Inputs], Any]:
+    """What modules do where the kernel is not the faster: batched products over groups."""
+
+    def function(x: Tensor, weight: Tensor, m: Tensor | None = None) -> Tensor:
+        with fer_kernels.use_backend("reference"):
+            return fer_kernels.nn.conv.grouped_linear(x, m, weight, None, case.shape["G"])
+
+    return _step(case, function)
+
+
+def expect(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    return _step(case, _of_torch(case))({name: tensor.double() for name, tensor in inputs.items()})
+
+
+def judge(
+    case: Case,
+    inputs: Inputs,
+    expected: dict[str, Tensor],
+    outputs: dict[str, Tensor],
+    arithmetic: torch.dtype,
+) -> str | None:
+    """Sixteen roundings of a number as large as a sum of as many random terms."""
+    terms = {"y": case.shape["C"], "dweight": case.shape["N"]}
+    for name, value in expected.items():
+        scale = value.square().mean().sqrt()
+        bound = (
+            16 * unit_roundoff(case.dtype) * terms.get(name, case.shape["O"]) ** 0.5 * (value.abs() + scale)
+        )
+        problem = value_problem(name, outputs[name].double(), value, bound)
+        if problem:
+            return problem
+    return None
+
+
+register(
+    Suite(
+        op="linear",
+        cases=tuple(_cases()),
+        providers=(
+            *ours("linear", _run_ours),
+            Provider("eager", _open_eager),
+            Provider("compile", _open_compile),
+            Provider("bmm", _open_bmm, _bmm_why_not),
+        ),
+        expect=expect,
+        judge=judge,
+    )
+)
