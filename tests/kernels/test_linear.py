@@ -68,18 +68,23 @@ def ours(backend: str):
 
 
 def check(problem: Problem, backend: str) -> None:
-    """Twice what torch's float32 is off by, as a root mean square, and 8 units in the last place each."""
+    """Twice what torch's float32 is off by and half a unit, for sums of one term, as a root mean square over
+    results enough for one; and each by no more than roundings may come to: 8 of the largest, and one for every
+    term in a random walk, doubled."""
     truth, scales = problem.run(eager, torch.float64), problem.scales()
     theirs, found = problem.run(eager), problem.run(ours(backend))
     unit = torch.finfo(torch.float32).eps / 2
+    rows, width, out = len(problem.x), problem.weight.shape[1], problem.weight.shape[0] // problem.groups
+    terms = {"y": width + 1, "dx": out, "dm": out, "dweight": rows, "dbias": rows}
     for name, expected in truth.items():
         if not expected.numel():
             continue
-        scale = scales[name] + torch.finfo(torch.float32).tiny
+        scale = scales[name] + expected.abs() + torch.finfo(torch.float32).tiny
         off, peer = ((result[name] - expected) / scale for result in (found, theirs))
-        rms = 2 * peer.square().mean().sqrt().item() + unit
-        assert off.square().mean().sqrt().item() <= rms, name
-        assert off.abs().max().item() <= 2 * peer.abs().max().item() + 8 * unit, name
+        assert off.abs().max().item() <= unit * (8 + 2 * terms[name] ** 0.5), name
+        if expected.numel() >= 1000:
+            rms = 2 * peer.square().mean().sqrt().item() + unit / 2
+            assert off.square().mean().sqrt().item() <= rms, name
 
 
 @each_backend
