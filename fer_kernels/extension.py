@@ -70,4 +70,4 @@ cpu = _load("_cpu")
 cuda = _load("_cuda")
 
 # Whether the processor multiplies tiles of bfloat16 (AMX); read once, for torch.compile asks too.
-TILES: bool = cpu.module is not None and cpu.module.has_tiles()
+TILES: bool = getattr(cpu.module, "has_tiles", lambda: False)()  # a module of an earlier version has none

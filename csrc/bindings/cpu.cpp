@@ -318,7 +318,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Ten
     const int64_t parts = linear_parts(call), units = parts * linear_part_units(call), out = call.groups * call.out;
     const Tensor sums = torch::stable::new_empty(x, {parts * linear_part_size(call)});
     float* data = static_cast<float*>(sums.mutable_data_ptr());
-    torch::stable::parallel_for(0, units, linear_grain(units, call.rows * out * call.in), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, units, linear_grain(units, call.rows * out * call.in * call.sides), [&](int64_t begin, int64_t end) {
       linear_weight_parts(call, data, begin, end);
     });
     torch::stable::parallel_for(0, out, std::max<int64_t>(1, 30'000 / call.in), [&](int64_t begin, int64_t end) {

@@ -8,7 +8,8 @@
 // Operands are packed into tiles of 1 KB, piece after piece: sixteen rows of 32 numbers on the left side, and
 // on the right sixteen rows of pairs of numbers, (2p, 2p + 1), for sixteen columns. Inputs of all kinds come
 // as blocks of sixteen columns, the last of which may be narrower: so groups, and x and m side by side, cost
-// no copy. Compiled for AVX-512 alone: every processor with these tiles has it.
+// no copy. Compiled for AVX-512 alone, which every processor with these tiles has, and for Linux, of which
+// a process asks leave to use them.
 #include "kernels.h"
 
 #if defined(__AVX512F__) && defined(__linux__)
@@ -24,13 +25,14 @@ namespace fer::cpu::FER_ISA {
 namespace {
 
 constexpr int kPieces = 3;
-constexpr int64_t kTile = 512;             // bfloat16 numbers of a tile
-constexpr int64_t kStep = kPieces * kTile;  // and of one step, 32 numbers of what is summed, of sixteen rows
+constexpr int64_t kTile = 512;              // bfloat16 numbers of a tile
+constexpr int64_t kStep = kPieces * kTile;  // of a step's tiles: sixteen rows, 32 of the numbers that are summed
 // Steps that are multiplied at once: what two tiles of rows and two of columns take then, 48 KB, the innermost
 // cache holds. With 6 steps instead, products took a fifth longer, although sums were written half as often.
 constexpr int64_t kDeep = 4;
 constexpr int64_t kMostRows = 256;          // for which a weight is read once
 constexpr int64_t kPanel = 24;              // blocks of a weight's gradient at once, either way: what the cache holds
+constexpr int64_t kCalls = 6;               // of multiply's meanwhile() in a step
 constexpr int64_t kPartRows = 1024, kParts = 8;  // of a weight's gradient: rows of a part, and most parts
 
 // ---- tile instructions ----
@@ -171,8 +173,8 @@ inline __m512 weight_block(const LinearCall& call, int64_t group, int64_t row, i
 // ---- packing ----
 
 // Rows and steps of columns on their way to left tiles, [row tile][step][piece], a little at a time: while the
-// tiles multiply, the processor has time for that. Rows beyond the last stay as they are: nobody stores what is
-// made of them.
+// tiles multiply, the processor has time for that. Rows beyond the last stay as they are: a row of the left side
+// reaches its own row of the result alone, and nobody stores that.
 struct Packing {
   Block<const float> blocks[2 * kDeep];
   int64_t pitch = 0, steps = 0, row = 0, rows = 0, step = 0;
@@ -186,7 +188,7 @@ struct Packing {
       blocks[b].first += begin * pitch;
     }
   }
-  int64_t left() const { return (rows - row) * steps - step; }
+  int64_t remaining() const { return (rows - row) * steps - step; }
   // The next step of a row.
   void one() {
     if (row == rows) return;
@@ -234,32 +236,32 @@ struct RowPacking {
   int64_t from = 0, to = 0, begin = 0, end = 0;
   bool left = false;
   uint16_t* packed = nullptr;
-  int64_t row = begin, b = from, part = 0;  // what comes next: of a tile, sixteen pairs of rows and three turns
+  int64_t row = begin, b = from, stage = 0;  // what comes next: of a tile, sixteen pairs of rows, then its pieces turned
   Block<const float> block = from < to ? columns[from] : Block<const float>{};
 
-  int64_t parts() const { return left ? 16 + kPieces : 16; }
-  int64_t count() const { return (end - begin + 31) / 32 * (to - from) * parts(); }
+  int64_t stages() const { return left ? 16 + kPieces : 16; }
+  int64_t count() const { return (end - begin + 31) / 32 * (to - from) * stages(); }
   bool one() {
     if (row >= end || from == to) return false;
     uint16_t* tile = packed + ((b - from) * kDeep + (row - begin) / 32) * kStep;
-    if (part < 16) {
+    if (stage < 16) {
       Pieces first, second;
-      const int64_t at = row + 2 * part;
+      const int64_t at = row + 2 * stage;
       const float* numbers = block.first + at * columns.pitch;
       __builtin_prefetch(numbers + 64), __builtin_prefetch(numbers + columns.pitch + 64);
       split(masked(numbers, at < end ? block.mask : 0), first);
       split(masked(numbers + columns.pitch, at + 1 < end ? block.mask : 0), second);
       for (int i = 0; i < kPieces; ++i)
-        _mm512_store_si512(tile + i * kTile + part * 32, in_pairs(first[i], second[i]));
+        _mm512_store_si512(tile + i * kTile + stage * 32, in_pairs(first[i], second[i]));
     } else {
-      tile += (part - 16) * kTile;
+      tile += (stage - 16) * kTile;
       __m512i rows[16];
       for (int p = 0; p < 16; ++p) rows[p] = _mm512_load_si512(tile + p * 32);
       transpose(rows);
       for (int p = 0; p < 16; ++p) _mm512_store_si512(tile + p * 32, rows[p]);
     }
-    if (++part == parts()) {
-      part = 0;
+    if (++stage == stages()) {
+      stage = 0;
       if (++b == to) b = from, row += 32;
       block = columns[b];
     }
@@ -293,7 +295,7 @@ struct Ahead {
 };
 // Tiles 0 to 3, the sums of two row tiles by two column tiles, go on over `steps` steps. A tile's steps follow
 // each other; `across` is the way from the first row (column) tile to the second. Largest products last.
-// meanwhile() is called kTurns times a step: the processor has time while the tiles multiply.
+// meanwhile() is called kCalls times a step: the processor has time while the tiles multiply.
 template <class F>
 inline void multiply(const uint16_t* left, int64_t left_across, const uint16_t* right, int64_t right_across,
                      int64_t steps, F meanwhile) {
@@ -321,8 +323,6 @@ inline void multiply(const uint16_t* left, int64_t left_across, const uint16_t* 
     load_left(0), products();
   }
 }
-constexpr int64_t kTurns = 6;
-
 inline void zero_sums() {
   tile_zero<0>();
   tile_zero<1>();
@@ -351,9 +351,9 @@ inline int64_t depth(int64_t steps) { return (steps + (steps - 1) / kDeep) / ((s
 // every block, or null, in its first steps, and plus what is there in later ones. Packs what comes next.
 void multiply_rows(const uint16_t* left, const uint16_t* weight, const float* start, const Columns<float>& out, int64_t begin,
                    int64_t end, int64_t from, int64_t to, int64_t steps, Packing& next) {
-  const int64_t tile_rows = (end - begin + 15) / 16, across = (to - from) * kStep, times = kTurns * (to - from);
-  const int64_t calls = times * ((out.blocks() + 1) / 2) * ((tile_rows + 1) / 2), each = (next.left() + calls - 1) / calls;
-  const bool wide = out.blocks() * steps * kStep * 2 > 1 << 20;  // more than stays in the cache
+  const int64_t tile_rows = (end - begin + 15) / 16, across = (to - from) * kStep, times = kCalls * (to - from);
+  const int64_t calls = times * ((out.blocks() + 1) / 2) * ((tile_rows + 1) / 2), each = (next.remaining() + calls - 1) / calls;
+  const bool large = out.blocks() * steps * kStep * 2 > 1 << 20;  // the weight: more than half a core's cache
   for (int64_t b = 0; b < out.blocks(); b += 2) {
     const Block<float> first = out[b], second = out[b + 1];
     const uint16_t* right = weight + (b * steps + from) * kStep;
@@ -379,8 +379,9 @@ void multiply_rows(const uint16_t* left, const uint16_t* weight, const float* st
         const bool below = t + 4 <= tile_rows;
         written = {below ? at + 32 * out.pitch : out[b + 2].first + begin * out.pitch, out.pitch, 32, 32, times};
       }
+      // the next two blocks' tiles, one block with each of the first two pairs of rows
       const float* panel = reinterpret_cast<const float*>(right + (t == 0 ? 2 : 3) * steps * kStep);
-      Ahead<false> later(panel, 0, across / 2, wide && t < 4 ? 1 : 0, times);
+      Ahead<false> later(panel, 0, across / 2, large && t < 4 ? 1 : 0, times);
       // where there is no second row tile it is the first again: nobody stores it
       multiply(left + t * across, t + 1 < tile_rows ? across : 0, right, steps * kStep, to - from, [&] {
         written.fetch(), later.fetch();
@@ -444,9 +445,9 @@ void weight_part(const LinearBackward& call, int64_t group, int64_t first, int64
   // rows by panels of x's blocks; the gradient's tiles serve all panels
   const auto packing = [&](int64_t work) {
     if (work == works) return Both{{grad}, {x}};
-    const int64_t turn = work / panels, panel = work % panels * kPanel;
-    const int64_t r = begin + turn * kRows, to = std::min(end, r + kRows);
-    return Both{{grad, first, panel == 0 ? last : first, r, to, true, left.get() + turn % 2 * left_size},
+    const int64_t chunk = work / panels, panel = work % panels * kPanel;
+    const int64_t r = begin + chunk * kRows, to = std::min(end, r + kRows);
+    return Both{{grad, first, panel == 0 ? last : first, r, to, true, left.get() + chunk % 2 * left_size},
                 {x, panel, std::min(broad, panel + kPanel), r, to, false, right.get() + work % 2 * right_size}};
   };
   for (Both start = packing(0); start.one();) continue;
@@ -454,15 +455,15 @@ void weight_part(const LinearBackward& call, int64_t group, int64_t first, int64
   for (int64_t work = 0; work < works; ++work) {
     const Both now = packing(work);
     const int64_t steps = (now.x.end - now.x.begin + 31) / 32;
-    const uint16_t* turned = left.get() + work / panels % 2 * left_size;
+    const uint16_t* grad_tiles = left.get() + work / panels % 2 * left_size;
     Both next = packing(work + 1);
-    const int64_t calls = kTurns * steps * (tall / 2) * ((now.x.to - now.x.from) / 2);
+    const int64_t calls = kCalls * steps * (tall / 2) * ((now.x.to - now.x.from) / 2);
     const int64_t each = (next.grad.count() + next.x.count() + calls - 1) / calls;
     for (int64_t a = 0; a < tall; a += 2)
       for (int64_t b = now.x.from; b < now.x.to; b += 2) {
         float* at = sum + (first + a) * 16 * pitch + b * 16;
         zero_sums();
-        multiply(turned + a * across, across, now.x.packed + (b - now.x.from) * across, across, steps, [&] {
+        multiply(grad_tiles + a * across, across, now.x.packed + (b - now.x.from) * across, across, steps, [&] {
           for (int64_t i = 0; i < each; ++i) next.one();
         });
         if (now.x.begin == begin) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import checks, dispatch, extension
@@ -104,8 +104,9 @@ def linear(
         y (..., C_out) of x's dtype, also under autocast.
 
     "cpu" is as exact as sums in float32, mostly more so, with two exceptions: numbers beyond 3.38e38 make NaN
-    of what they enter, infinities included, and numbers below 1e-33 lose digits. It makes the same bits on
-    every run, whatever the number of threads. Second derivatives work; the reference computes them.
+    of what they enter, infinities included, and numbers, products and sums below 1e-33 lose digits. It makes
+    the same bits on every run, whatever the number of threads (the bias's gradient is torch's sum). Second
+    derivatives work; the reference computes them.
     """
     _check(x, weight, bias, m, groups)
     run = OPERATOR.choose(backend, x)
@@ -116,12 +117,19 @@ def linear(
 def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether "auto" takes a kernel for x and weight that is faster than torch's own product: the reference
     never is, nor the kernel where there is little to multiply."""
+    # Where shapes may be open, where what is traced runs elsewhere, where products are counted, and where an
+    # operator of our own has no rule.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
+        return False
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    if not {type(x), type(weight)} <= {Tensor, nn.Parameter}:
+        return False
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
-    # Where shapes may be open, where what is traced runs elsewhere, and where products are counted.
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return False
-    if x.numel() < ROWS * x.shape[-1] or min(x.shape[-1], weight.shape[0]) < WIDTH:
+    if torch.backends.mkldnn.matmul.fp32_precision == "bf16":  # type: ignore[attr-defined]
+        return False  # the user prefers speed to float32
+    if x.numel() < ROWS * x.shape[-1] or min(x.shape[-1], weight.shape[0]) < WIDTH or weight.shape[1] < 16:
         return False
     return OPERATOR.choose("auto", x) is not OPERATOR.registered["reference"]
 

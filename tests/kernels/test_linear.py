@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from support import backends
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import fer_kernels
 from fer_kernels import extension, linear
@@ -69,8 +70,8 @@ def ours(backend: str):
 
 def check(problem: Problem, backend: str) -> None:
     """Twice what torch's float32 is off by and half a unit, for sums of one term, as a root mean square over
-    results enough for one; and each by no more than roundings may come to: 8 of the largest, and one for every
-    term in a random walk, doubled."""
+    results enough for one; and each by no more than roundings may come to: 8 of the largest, and one for
+    every term in a random walk, doubled."""
     truth, scales = problem.run(eager, torch.float64), problem.scales()
     theirs, found = problem.run(eager), problem.run(ours(backend))
     unit = torch.finfo(torch.float32).eps / 2
@@ -226,16 +227,38 @@ def test_modules_take_the_kernel_where_it_is_faster(monkeypatch):
     monkeypatch.setattr(fer_kernels.nn.conv, "linear", lambda *a, **k: calls.append(1) or linear(*a, **k))
     layer = GroupedLinear(2 * op.WIDTH, op.WIDTH, groups=4)
     x, m = torch.randn(2, op.ROWS // 2, op.WIDTH), torch.randn(2, op.ROWS // 2, op.WIDTH)
-    y = layer.interleaved(x, m)
-    assert len(calls) == ("cpu" in BACKENDS)
-    torch.testing.assert_close(y, eager(x, m, layer.weight, layer.bias, 4))
+    with fer_kernels.use_backend("auto"):
+        y = layer.interleaved(x, m)
+        assert len(calls) == ("cpu" in BACKENDS)
+        torch.testing.assert_close(y, eager(x, m, layer.weight, layer.bias, 4))
+        mixed = layer.interleaved(x, m.bfloat16())
+        torch.testing.assert_close(mixed, y, rtol=0.02, atol=0.1)
     del calls[:]
     layer.interleaved(x[:, 1:], m[:, 1:])
     with torch.autocast("cpu", torch.bfloat16):
         assert layer.interleaved(x, m).dtype == torch.bfloat16
     layer.bfloat16().interleaved(x.bfloat16(), m.bfloat16())
+    layer.float()
     with fer_kernels.use_backend("reference"):
-        layer.float().interleaved(x, m)
+        layer.interleaved(x, m)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, (interleave(x, m),)).square().mean()
+
+    slopes = torch.func.grad(loss)(parameters)
+    assert slopes.keys() == parameters.keys()
+    _, moved = torch.func.jvp(loss, (parameters,), (slopes,))
+    assert moved > 0
+    with FlopCounterMode(display=False) as counter:
+        layer.interleaved(x, m)
+    assert counter.get_total_flops() == 2 * op.ROWS * layer.weight.numel()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        layer.interleaved(x, m)
+    finally:
+        torch.set_float32_matmul_precision(before)
     assert not calls
 
 
@@ -246,7 +269,9 @@ def test_without_tiles_there_is_no_kernel(monkeypatch):
     x, weight = torch.randn(op.ROWS, op.WIDTH), torch.randn(op.WIDTH, op.WIDTH)
     assert not op.is_faster(x, weight)
     assert torch.equal(linear(x, weight), linear(x, weight, backend="reference"))
-    with pytest.raises(fer_kernels.dispatch.BackendError, match="this processor has no tiles"):
+    with pytest.raises(
+        fer_kernels.dispatch.BackendError, match="linear: backend 'cpu' cannot take this call"
+    ):
         linear(x, weight, backend="cpu")
 
 

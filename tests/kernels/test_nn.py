@@ -337,7 +337,7 @@ def test_weights_of_vigs_convolutions_load():
 @pytest.mark.parametrize("width", [4, graph_nn.conv.TILED_WIDTH + 4])
 def test_grouped_products_in_bfloat16(monkeypatch, tiles, width):
     """As one block-diagonal product where that is faster, and as a batched one."""
-    monkeypatch.setattr(graph_nn.conv.extension, "TILES", tiles)
+    monkeypatch.setattr(graph_nn.conv, "_TILES", tiles)
     calls = []
     block_diagonal = graph_nn.conv._block_diagonal
     monkeypatch.setattr(
