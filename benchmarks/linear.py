@@ -12,7 +12,7 @@ from torch import Tensor
 import fer_kernels
 
 from .gate import unit_roundoff, value_problem
-from .providers import ours
+from .providers import ours, step
 from .registry import Case, Cost, Inputs, Provider, Suite, register
 
 # Rows, columns in and out, groups: layers of ViG-Ti's blocks at 224 pixels and B = 16, and of a last pyramid
@@ -66,24 +66,11 @@ def _make_inputs(case: Case, generator: torch.Generator) -> Inputs:
     return inputs | ({"grad": draw(rows, out)} if case.direction == "backward" else {})
 
 
-def _step(case: Case, function: Callable[..., Tensor]) -> Callable[[Inputs], dict[str, Tensor]]:
-    def call(inputs: Inputs) -> dict[str, Tensor]:
-        leaves = {name: tensor for name, tensor in inputs.items() if name != "grad"}
-        if case.direction == "forward":
-            return {"y": function(**leaves)}
-        leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
-        y = function(**leaves)
-        gradients = torch.autograd.grad(y, list(leaves.values()), inputs["grad"])
-        return {"y": y.detach(), **dict(zip((f"d{name}" for name in leaves), gradients, strict=True))}
-
-    return call
-
-
 def _run_ours(case: Case, backend: str) -> Callable[[Inputs], Any]:
     def function(x: Tensor, weight: Tensor, m: Tensor | None = None) -> Tensor:
         return fer_kernels.linear(x, weight, m=m, groups=case.shape["G"], backend=backend)
 
-    return _step(case, function)
+    return step(case, function)
 
 
 def _of_torch(case: Case) -> Callable[..., Tensor]:
@@ -100,12 +87,12 @@ def _of_torch(case: Case) -> Callable[..., Tensor]:
 
 
 def _open_eager(case: Case, device: str) -> Callable[[Inputs], Any]:
-    return _step(case, _of_torch(case))
+    return step(case, _of_torch(case))
 
 
 def _open_compile(case: Case, device: str) -> Callable[[Inputs], Any]:
     torch.compiler.reset()
-    return _step(case, torch.compile(_of_torch(case), fullgraph=True, dynamic=False))
+    return step(case, torch.compile(_of_torch(case), fullgraph=True, dynamic=False))
 
 
 def _bmm_why_not(case: Case, device: str) -> str | None:
@@ -119,11 +106,11 @@ def _open_bmm(case: Case, device: str) -> Callable[[Inputs], Any]:
         with fer_kernels.use_backend("reference"):
             return fer_kernels.nn.conv.grouped_linear(x, m, weight, None, case.shape["G"])
 
-    return _step(case, function)
+    return step(case, function)
 
 
 def expect(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    return _step(case, _of_torch(case))({name: tensor.double() for name, tensor in inputs.items()})
+    return step(case, _of_torch(case))({name: tensor.double() for name, tensor in inputs.items()})
 
 
 def judge(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 import fer_kernels
 
 from .gate import unit_roundoff, value_problem
-from .providers import ours
+from .providers import ours, step
 from .registry import Case, Cost, Inputs, Provider, Suite, register
 
 # Rows, channels, what follows: layers of ViG-Ti's blocks and stem at 224 pixels and B = 16, of face2nodes_xs
@@ -77,16 +78,7 @@ def _after(case: Case) -> str:
 
 
 def _step(case: Case, function: Callable[..., Tensor]) -> Callable[[Inputs], dict[str, Tensor]]:
-    def call(inputs: Inputs) -> dict[str, Tensor]:
-        leaves = {name: tensor for name, tensor in inputs.items() if name != "grad"}
-        if case.direction == "forward":
-            return {"y": function(after=_after(case), **leaves)}
-        leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
-        y = function(after=_after(case), **leaves)
-        gradients = torch.autograd.grad(y, list(leaves.values()), inputs["grad"])
-        return {"y": y.detach(), **dict(zip((f"d{name}" for name in leaves), gradients, strict=True))}
-
-    return call
+    return step(case, functools.partial(function, after=_after(case)))
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor, after: str, residual: Tensor | None = None) -> Tensor:

@@ -46,6 +46,21 @@ def _backend_problem(op: str, backend: str, case: Case, device: str) -> str | No
     return "; ".join(dict.fromkeys(reasons)) or None
 
 
+def step(case: Case, function: Callable[..., torch.Tensor]) -> Callable[[Inputs], dict[str, torch.Tensor]]:
+    """A call of function(**inputs), with gradients of all of them where the case goes backward too."""
+
+    def call(inputs: Inputs) -> dict[str, torch.Tensor]:
+        leaves = {name: tensor for name, tensor in inputs.items() if name != "grad"}
+        if case.direction == "forward":
+            return {"y": function(**leaves)}
+        leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+        y = function(**leaves)
+        gradients = torch.autograd.grad(y, list(leaves.values()), inputs["grad"])
+        return {"y": y.detach(), **dict(zip((f"d{name}" for name in leaves), gradients, strict=True))}
+
+    return call
+
+
 @functools.cache
 def import_problem(module: str) -> str | None:
     """Why this optional package cannot be used here, or None."""

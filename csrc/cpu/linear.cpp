@@ -293,6 +293,7 @@ struct Ahead {
     }
   }
 };
+
 // Tiles 0 to 3, the sums of two row tiles by two column tiles, go on over `steps` steps. A tile's steps follow
 // each other; `across` is the way from the first row (column) tile to the second. Largest products last.
 // meanwhile() is called kCalls times a step: the processor has time while the tiles multiply.
@@ -323,6 +324,7 @@ inline void multiply(const uint16_t* left, int64_t left_across, const uint16_t* 
     load_left(0), products();
   }
 }
+
 inline void zero_sums() {
   tile_zero<0>();
   tile_zero<1>();

@@ -36,15 +36,19 @@ def _fake_backward(grad, x, m, weight, groups, need_nodes, need_weight):
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, m, weight, _, ctx.groups = inputs
-    ctx.save_for_backward(x, m, weight)
+    nodes, of_m, of_weight, *_ = ctx.needs_input_grad
+    ctx.shapes = x.shape, None if m is None else m.shape, weight.shape
+    ctx.save_for_backward(*((x, m) if of_weight else (None, None)), weight if nodes or of_m else None)
 
 
 def _backward(backend: str, ctx: Any, grad: Tensor) -> tuple:
     run = _BACKWARD["cpu" if backend == "compiled" else backend]
     grad = grad.contiguous()
     nodes, of_m, of_weight, of_bias, _ = ctx.needs_input_grad
-    need_nodes = nodes or of_m
-    found = run(grad, *ctx.saved_tensors, ctx.groups, need_nodes, of_weight)
+    pairs = zip(ctx.saved_tensors, ctx.shapes, strict=True)
+    # of what was not needed, and so not kept, only the shape counts
+    inputs = [grad.new_empty(shape) if t is None and shape is not None else t for t, shape in pairs]
+    found = run(grad, *inputs, ctx.groups, nodes or of_m, of_weight)
     dx, dm, dweight = (g if w else None for g, w in zip(found, (nodes, of_m, of_weight), strict=True))
     return dx, dm, dweight, grad.sum(0) if of_bias else None, None
 

@@ -191,7 +191,11 @@ def test_only_what_is_wanted(backend, wanted):
     problem = Problem(40, 10, 12, groups=2, m=True, bias=True)
     leaves = {name: getattr(problem, name).clone() for name in ("x", "m", "weight", "bias")}
     leaves[wanted].requires_grad_()
-    y = linear(leaves["x"], leaves["weight"], leaves["bias"], m=leaves["m"], groups=2, backend=backend)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = linear(leaves["x"], leaves["weight"], leaves["bias"], m=leaves["m"], groups=2, backend=backend)
+    needed = {"x": {"weight"}, "m": {"weight"}, "weight": {"x", "m"}, "bias": set()}[wanted]
+    assert {t.data_ptr() for t in kept} == {leaves[name].data_ptr() for name in needed}
     y.backward(problem.grad)
     expected = problem.run(eager, torch.float64)[f"d{wanted}"]
     torch.testing.assert_close(leaves[wanted].grad.double(), expected, rtol=1e-5, atol=1e-4)
