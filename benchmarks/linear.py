@@ -47,8 +47,9 @@ def _cases() -> Iterator[Case]:
 def _cost(shape: dict[str, int], direction: str) -> Cost:
     """x, the weight and y once; in a step, x, the weight and y's gradient again, and two gradients."""
     rows, width, out, groups = (shape[name] for name in "NCOG")
-    times = 3 if direction == "backward" else 1
-    elements = times * (rows * (width + out) + width * out // groups)
+    step = direction == "backward"
+    times = 3 if step else 1
+    elements = times * (rows * (width + out) + width * out // groups) - (rows * out if step else 0)
     return Cost(bytes=4 * elements, flops=times * 2 * rows * width * out // groups)
 
 

@@ -130,6 +130,14 @@ class Operator:
             reasons.append("there is no CUDA device")
         return reasons
 
+    def has_kernel(self, *tensors: torch.Tensor | None) -> bool:
+        """Whether `choose("auto", ...)` takes a kernel. For modules that go without the operator otherwise:
+        torch's own functions are faster than the reference. So no error where the one asked for cannot."""
+        requested = _requested.backend
+        if requested == "auto":
+            return self.choose("auto", *tensors) is not self.registered["reference"]
+        return requested != "reference" and not self.not_supported_reasons(requested, *tensors)
+
 
 OPERATORS: dict[str, Operator] = {}
 

@@ -14,7 +14,9 @@ from . import reference
 OPERATOR = dispatch.Operator(
     "linear",
     dtypes={"reference": checks.FLOATING, "cpu": (torch.float32,)},
-    problems={} if extension.TILES else {"cpu": "this processor does not multiply tiles of bfloat16 (AMX)"},
+    problems={}
+    if extension.TILES
+    else {"cpu": "this processor or system has no tiles of bfloat16 (AMX, on Linux)"},
 )
 
 # From so many rows and channels on, the kernel beats torch's product (docs/performance.md).
@@ -101,8 +103,8 @@ def linear(
         m: as x: what is multiplied is x0, m0, x1, m1, ..., and the weight is (C_out, 2 C_in / groups).
         groups: divides C_in and C_out.
         backend: "auto", "reference" or "cpu". The last is for float32 on processors that multiply tiles of
-            bfloat16 (AMX): it multiplies the three bfloat16 pieces of which a float32 number consists. There
-            is none for GPUs, nor for bfloat16, where torch's own product is as fast.
+            bfloat16 (AMX), under Linux: it multiplies the three bfloat16 pieces of which a float32 number
+            consists. There is none for GPUs, nor for bfloat16, where torch's own product is faster.
 
     Returns:
         y (..., C_out) of x's dtype, also under autocast.
@@ -111,6 +113,9 @@ def linear(
     of what they enter, infinities included, and numbers, products and sums below 1e-33 lose digits. It makes
     the same bits on every run, whatever the number of threads (the bias's gradient is torch's sum). Second
     derivatives work; the reference computes them.
+
+    The reference is slower than torch's own products. `fer_kernels.nn.GroupedLinear` and `Projection` take
+    the kernel where it is the faster, and torch's products elsewhere.
     """
     _check(x, weight, bias, m, groups)
     run = OPERATOR.choose(backend, x)
@@ -135,7 +140,7 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
         return False  # the user prefers speed to float32
     if x.numel() < ROWS * x.shape[-1] or min(x.shape[-1], weight.shape[0]) < WIDTH or weight.shape[1] < 16:
         return False
-    return OPERATOR.choose("auto", x) is not OPERATOR.registered["reference"]
+    return OPERATOR.has_kernel(x)
 
 
 def _check(x, weight, bias, m, groups) -> None:

@@ -17,7 +17,7 @@ def fuses(norm: nn.Module, act: nn.Module | None, x: Tensor) -> bool:
     known = type(act) in (type(None), nn.Identity, nn.ReLU) or (
         type(act) is nn.GELU and act.approximate == "none"
     )
-    return learns and known and x.numel() > x.shape[-1] > 0 and op.has_kernel(x)
+    return learns and known and x.numel() > x.shape[-1] > 0 and op.OPERATOR.has_kernel(x)
 
 
 def norm_act(

@@ -148,11 +148,6 @@ def batch_norm_act(
     return y
 
 
-def has_kernel(x: Tensor) -> bool:
-    """Whether "auto" takes a kernel for x; the reference is slower than torch's own two functions."""
-    return OPERATOR.choose("auto", x) is not OPERATOR.registered["reference"]
-
-
 def _check(x, weight, bias, act, residual, gain, shift, eps, running_mean, running_var) -> None:
     here = "batch_norm_act"
     checks.dense_tensor(here, "x", x)

@@ -262,6 +262,15 @@ def test_running_statistics(backend):
     torch.testing.assert_close(ours_, theirs)
 
 
+def test_modules_do_without_it_where_another_backend_is_asked_for():
+    x = torch.randn(2, 5, 8)
+    for wish in fer_kernels.dispatch.BACKENDS:
+        layer = Projection(8, 8, groups=1)
+        with fer_kernels.use_backend(wish):
+            assert fuses(layer.norm, layer.act, x) == (wish == "cpu" and "cpu" in BACKENDS)
+            layer(x).sum().backward()
+
+
 def test_saves_its_input_alone():
     kept = []
     x = torch.randn(100, 8, requires_grad=True)
