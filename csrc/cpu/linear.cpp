@@ -3,7 +3,8 @@
 // A tile instruction multiplies sixteen times as fast as a vector instruction of float32. So a float32 number
 // is taken apart into three bfloat16 pieces, of eight bits each, which together are the number; and of the
 // nine products of pieces the three smallest, below the last bit of the largest, are left out. Six fast
-// products beat one slow one, and with fewer roundings: the tile adds up 32 terms before it rounds to the sum.
+// products beat one slow one, and are as exact: 32 terms are added up from zero before they come to the sum, so
+// that most roundings are of small numbers.
 //
 // Operands are packed into tiles of 1 KB, piece after piece: sixteen rows of 32 numbers on the left side, and
 // on the right sixteen rows of pairs of numbers, (2p, 2p + 1), for sixteen columns. Inputs of all kinds come
@@ -28,7 +29,7 @@ constexpr int kPieces = 3;
 constexpr int64_t kTile = 512;              // bfloat16 numbers of a tile
 constexpr int64_t kStep = kPieces * kTile;  // of a step's tiles: sixteen rows, 32 of the numbers that are summed
 // Steps that are multiplied at once: what two tiles of rows and two of columns take then, 48 KB, the innermost
-// cache holds. With 6 steps instead, products took a fifth longer, although sums were written half as often.
+// cache holds. With 6 steps instead, products took longer, although sums were written less often.
 constexpr int64_t kDeep = 4;
 constexpr int64_t kMostRows = 256;          // for which a weight is read once
 constexpr int64_t kPanel = 24;              // blocks of a weight's gradient at once, either way: what the cache holds
