@@ -39,7 +39,7 @@ def collect() -> dict[str, Any]:
         "cpu": {
             "instruction sets": cpu.supported_isas() if cpu else [],
             "in use": cpu.current_isa() if cpu else None,
-            "tiles (AMX)": extension.TILES,
+            "fast products": extension.FAST_PRODUCTS,
             "threads": torch.get_num_threads(),
         },
         "environment": {

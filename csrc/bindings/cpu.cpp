@@ -21,7 +21,7 @@ namespace {
 using fer::bindings::ScalarType;
 using fer::bindings::Tensor;
 
-enum class Isa : int { baseline, avx2, avx512 };
+enum class Isa : int { baseline, avx2, avx512, amx };
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names = {"baseline"};
@@ -32,8 +32,20 @@ std::vector<std::string> supported_isas() {
   if (names.size() == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     names.push_back("avx512");
+#if defined(FER_TILES)
+  if (names.size() == 3 && fer::cpu::tiles::available()) names.push_back("amx");
+#endif
 #endif
   return names;
+}
+
+bool made_by_intel() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
 }
 
 // supported_isas() grows in the order of Isa, so a name's position is its value.
@@ -49,6 +61,7 @@ void set_isa(const std::string& name) {
 template <class Kernel>
 Kernel pick(Kernel baseline, Kernel avx2, Kernel avx512) {
   switch (current_isa.load()) {
+    case Isa::amx:
     case Isa::avx512: return avx512;
     case Isa::avx2: return avx2;
     default: return baseline;
@@ -238,23 +251,28 @@ std::tuple<Tensor, Tensor> jad_column_mean_backward(const Tensor& grad, const Te
   return {call.dq_tensor, call.dk_tensor};
 }
 
-// The parts of all chunks, what they make together, and then all rows.
-template <class Call>
-void run_norm(const Call& call, void (*sum)(const Call&, double*, int64_t, int64_t),
-              void (*merge)(const Call&, const double*), void (*apply)(const Call&, int64_t, int64_t)) {
-  std::vector<double> parts(call.chunks() * 2 * call.channels);
+// All chunks of a pass over a norm's rows.
+template <class Call, class Pass>
+void over_chunks(const Call& call, Pass pass) {
   const int64_t grain = std::max<int64_t>(1, 50'000 / (fer::kNormRows * std::max<int64_t>(1, call.channels)));
-  torch::stable::parallel_for(0, call.chunks(), grain,
-                              [&](int64_t begin, int64_t end) { sum(call, parts.data(), begin, end); });
+  torch::stable::parallel_for(0, call.chunks(), grain, pass);
+}
+
+// The parts of all chunks, and what they make together.
+template <class Call>
+void sum_chunks(const Call& call, void (*sum)(const Call&, double*, int64_t, int64_t), void (*merge)(const Call&, const double*)) {
+  std::vector<double> parts(call.chunks() * 2 * call.channels);
+  over_chunks(call, [&](int64_t begin, int64_t end) { sum(call, parts.data(), begin, end); });
   merge(call, parts.data());
-  torch::stable::parallel_for(0, call.chunks(), grain, [&](int64_t begin, int64_t end) { apply(call, begin, end); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& x, std::optional<Tensor> weight, std::optional<Tensor> bias,
                                         std::optional<Tensor> residual, std::optional<Tensor> gain, double eps,
                                         int64_t act) {
   const auto call = fer::bindings::norm_forward(x, weight, bias, residual, gain, eps, act);
-  run_norm<fer::NormForward>(call, FER_PICK(norm_stats), FER_PICK(norm_merge), FER_PICK(norm_apply));
+  sum_chunks<fer::NormForward>(call, FER_PICK(norm_stats), FER_PICK(norm_merge));
+  const auto apply = FER_PICK(norm_apply);
+  over_chunks(call, [&](int64_t begin, int64_t end) { apply(call, begin, end); });
   return {call.y_tensor, call.mean_tensor, call.var_tensor};
 }
 
@@ -263,71 +281,130 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, con
                                                          std::optional<Tensor> residual, std::optional<Tensor> gain,
                                                          const Tensor& mean, const Tensor& var, double eps,
                                                          int64_t act) {
-  const auto call = fer::bindings::norm_backward(grad, x, weight, bias, residual, gain, mean, var, eps, act);
-  run_norm<fer::NormBackward>(call, FER_PICK(norm_backward_sums), FER_PICK(norm_backward_merge),
-                              FER_PICK(norm_backward_apply));
+  const auto call = fer::bindings::norm_backward(grad, x, weight, bias, residual, gain, mean, var, eps, act, false);
+  sum_chunks<fer::NormBackward>(call, FER_PICK(norm_backward_sums), FER_PICK(norm_backward_merge));
+  const auto apply = FER_PICK(norm_backward_apply);
+  over_chunks(call, [&](int64_t begin, int64_t end) { apply(call, begin, end); });
   return {call.dx_tensor, call.dweight_tensor, call.dbias_tensor, call.dresidual_tensor};
 }
 
-bool has_tiles() {
-#if defined(FER_TILES)
-  static const bool found = supported_isas().back() == "avx512" && fer::cpu::avx512::has_tiles();
-  return found;
-#else
-  return false;
-#endif
+Tensor norm_given(const Tensor& x, const Tensor& mean, const Tensor& var, std::optional<Tensor> weight,
+                  std::optional<Tensor> bias, std::optional<Tensor> residual, std::optional<Tensor> gain, double eps,
+                  int64_t act) {
+  const auto call = fer::bindings::norm_given_forward(x, mean, var, weight, bias, residual, gain, eps, act);
+  const auto apply = FER_PICK(norm_apply);
+  over_chunks(call, [&](int64_t begin, int64_t end) { apply(call, begin, end); });
+  return call.y_tensor;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_given_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& var, std::optional<Tensor> weight,
+    std::optional<Tensor> bias, std::optional<Tensor> residual, std::optional<Tensor> gain, double eps, int64_t act) {
+  const auto call = fer::bindings::norm_backward(grad, x, weight, bias, residual, gain, mean, var, eps, act, true);
+  sum_chunks<fer::NormBackward>(call, FER_PICK(norm_backward_sums), FER_PICK(norm_backward_merge));
+  return {call.dx_tensor, call.dmean_tensor, call.dvar_tensor, call.dweight_tensor, call.dbias_tensor, call.dresidual_tensor};
 }
 
 #if defined(FER_TILES)
+#define FER_PICK_LINEAR(kernel) (current_isa.load() == Isa::amx ? &fer::cpu::tiles::kernel : FER_PICK(kernel))
+#else
+#define FER_PICK_LINEAR FER_PICK
+#endif
+
 // Products worth waking a thread for: about a tenth of a millisecond.
 int64_t linear_grain(int64_t units, int64_t work) {
   return std::max<int64_t>(1, 20'000'000 / std::max<int64_t>(1, work / std::max<int64_t>(1, units)));
 }
 
+// linear's functions, of one instruction set.
 template <class Call>
-void run_rows(const Call& call, const Tensor& like, bool transposed,
-              void (*product)(const Call&, const uint16_t*, int64_t, int64_t)) {
-  using namespace fer::cpu::avx512;
-  const Tensor packed = torch::stable::new_empty(like, {linear_packed(call, transposed)}, ScalarType::BFloat16);
-  uint16_t* tiles = static_cast<uint16_t*>(packed.mutable_data_ptr());
-  torch::stable::parallel_for(0, linear_tiles(call, transposed), 100, [&](int64_t begin, int64_t end) {
-    linear_pack(call, transposed, tiles, begin, end);
+struct LinearRows {
+  int64_t chunk;
+  int64_t (*units)(const fer::LinearCall&, bool);
+  int64_t (*packed)(const fer::LinearCall&, bool);
+  void (*pack)(const fer::LinearCall&, bool, void*, int64_t, int64_t);
+  void (*product)(const Call&, const void*, int64_t, int64_t);
+};
+#define FER_LINEAR_ROWS(pick, product) \
+  {pick(linear_chunk)(), pick(linear_units), pick(linear_packed), pick(linear_pack), pick(product)}
+struct LinearWeight {
+  int64_t (*parts)(const fer::LinearCall&);
+  int64_t (*size)(const fer::LinearCall&);
+  int64_t (*units)(const fer::LinearCall&);
+  void (*sum)(const fer::LinearBackward&, float*, int64_t, int64_t);
+  void (*merge)(const fer::LinearBackward&, const float*, int64_t, int64_t);
+};
+#define FER_LINEAR_WEIGHT(pick) \
+  {pick(linear_parts), pick(linear_part_size), pick(linear_part_units), pick(linear_weight_parts), pick(linear_weight_merge)}
+
+int64_t linear_work(const fer::LinearCall& call) { return call.rows * call.groups * call.in * call.out * call.sides; }
+
+template <class Call>
+void run_rows(const Call& call, const Tensor& like, bool transposed, const LinearRows<Call>& by) {
+  const Tensor packed = torch::stable::new_empty(like, {by.packed(call, transposed)}, ScalarType::Byte);
+  void* data = packed.mutable_data_ptr();
+  const int64_t packs = by.units(call, transposed), weights = call.groups * call.in * call.out * call.sides;
+  torch::stable::parallel_for(0, packs, std::max<int64_t>(1, 50'000 * packs / std::max<int64_t>(1, weights)),
+                              [&](int64_t begin, int64_t end) { by.pack(call, transposed, data, begin, end); });
+  const int64_t units = (call.rows + by.chunk - 1) / by.chunk;
+  torch::stable::parallel_for(0, units, linear_grain(units, linear_work(call)), [&](int64_t begin, int64_t end) {
+    by.product(call, data, begin * by.chunk, std::min(call.rows, end * by.chunk));
   });
-  constexpr int64_t unit = 32;  // the rows of two tiles
-  const int64_t units = (call.rows + unit - 1) / unit;
-  const int64_t work = call.rows * call.groups * call.in * call.out * call.sides;
-  torch::stable::parallel_for(0, units, linear_grain(units, work), [&](int64_t begin, int64_t end) {
-    product(call, tiles, begin * unit, std::min(call.rows, end * unit));
-  });
+}
+
+void run_weight(const fer::LinearBackward& call, const Tensor& like, const LinearWeight& by) {
+  const int64_t parts = by.parts(call), units = parts * by.units(call);
+  const Tensor sums = torch::stable::new_empty(like, {parts * by.size(call)});
+  float* data = static_cast<float*>(sums.mutable_data_ptr());
+  torch::stable::parallel_for(0, units, linear_grain(units, linear_work(call)),
+                              [&](int64_t begin, int64_t end) { by.sum(call, data, begin, end); });
+  torch::stable::parallel_for(0, call.groups * call.out, std::max<int64_t>(1, 30'000 / call.in),
+                              [&](int64_t begin, int64_t end) { by.merge(call, data, begin, end); });
 }
 
 Tensor linear(const Tensor& x, std::optional<Tensor> m, const Tensor& weight, std::optional<Tensor> bias,
               int64_t groups) {
   const auto call = fer::bindings::linear_forward(x, m, weight, bias, groups);
-  run_rows<fer::LinearForward>(call, x, false, &fer::cpu::avx512::linear);
+  run_rows<fer::LinearForward>(call, x, false, FER_LINEAR_ROWS(FER_PICK_LINEAR, linear));
   return call.y_tensor;
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, std::optional<Tensor> m,
                                                    const Tensor& weight, int64_t groups, bool need_nodes,
                                                    bool need_weight) {
-  using namespace fer::cpu::avx512;
   const auto call = fer::bindings::linear_backward(grad, x, m, weight, groups, need_nodes, need_weight);
-  if (need_nodes) run_rows<fer::LinearBackward>(call, x, true, &linear_input_gradient);
-  if (need_weight) {
-    const int64_t parts = linear_parts(call), units = parts * linear_part_units(call), out = call.groups * call.out;
-    const Tensor sums = torch::stable::new_empty(x, {parts * linear_part_size(call)});
-    float* data = static_cast<float*>(sums.mutable_data_ptr());
-    torch::stable::parallel_for(0, units, linear_grain(units, call.rows * out * call.in * call.sides), [&](int64_t begin, int64_t end) {
-      linear_weight_parts(call, data, begin, end);
-    });
-    torch::stable::parallel_for(0, out, std::max<int64_t>(1, 30'000 / call.in), [&](int64_t begin, int64_t end) {
-      linear_weight_merge(call, data, begin, end);
-    });
-  }
+  if (need_nodes) run_rows<fer::LinearBackward>(call, x, true, FER_LINEAR_ROWS(FER_PICK_LINEAR, linear_input_gradient));
+  if (need_weight) run_weight(call, x, FER_LINEAR_WEIGHT(FER_PICK_LINEAR));
   return {call.dx_tensor, call.dm_tensor, call.dweight_tensor};
 }
-#endif
+
+std::tuple<Tensor, Tensor, Tensor> linear_normed(const Tensor& x, std::optional<Tensor> m, const Tensor& weight,
+                                                 std::optional<Tensor> mean, std::optional<Tensor> var,
+                                                 std::optional<Tensor> scale, std::optional<Tensor> shift, int64_t groups,
+                                                 double eps, int64_t act) {
+  const auto call = fer::bindings::linear_normed_forward(x, m, weight, mean, var, scale, shift, groups, eps, act,
+                                                         FER_PICK(linear_chunk)());
+  run_rows<fer::LinearForward>(call, x, false, FER_LINEAR_ROWS(FER_PICK, linear));
+  FER_PICK(linear_merge_stats)(call);
+  return {call.y_tensor, call.mean_tensor, call.var_tensor};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_normed_backward(
+    const Tensor& grad, const Tensor& dy_mean, const Tensor& dy_var, const Tensor& x, std::optional<Tensor> m,
+    const Tensor& weight, std::optional<Tensor> mean, std::optional<Tensor> var, std::optional<Tensor> scale,
+    std::optional<Tensor> shift, const Tensor& y, const Tensor& y_mean, int64_t groups, double eps, int64_t act,
+    bool need_nodes, bool need_weight) {
+  const auto call = fer::bindings::linear_normed_backward(grad, dy_mean, dy_var, x, m, weight, mean, var, scale, shift, y,
+                                                          y_mean, groups, eps, act, need_nodes, need_weight,
+                                                          FER_PICK(linear_chunk)());
+  if (need_nodes) {
+    run_rows<fer::LinearBackward>(call, x, true, FER_LINEAR_ROWS(FER_PICK, linear_input_gradient));
+    if (mean) FER_PICK(linear_merge_gradients)(call);
+  }
+  if (need_weight) run_weight(call, x, FER_LINEAR_WEIGHT(FER_PICK));
+  const auto& d = call.dnorm;
+  return {call.dx_tensor, call.dm_tensor, call.dweight_tensor, d[0], d[1], d[2], d[3]};
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fer_kernels, CPU, m) {
   m.impl("knn", TORCH_BOX(&knn));
@@ -336,16 +413,16 @@ STABLE_TORCH_LIBRARY_IMPL(fer_kernels, CPU, m) {
   m.impl("relation_reverse", TORCH_BOX(&relation_reverse));
   m.impl("norm", TORCH_BOX(&norm));
   m.impl("norm_backward", TORCH_BOX(&norm_backward));
+  m.impl("norm_given", TORCH_BOX(&norm_given));
+  m.impl("norm_given_backward", TORCH_BOX(&norm_given_backward));
   m.impl("jad", TORCH_BOX(&jad));
   m.impl("jad_backward", TORCH_BOX(&jad_backward));
   m.impl("jad_column_mean", TORCH_BOX(&jad_column_mean));
   m.impl("jad_column_mean_backward", TORCH_BOX(&jad_column_mean_backward));
-#if defined(FER_TILES)
-  if (has_tiles()) {  // elsewhere the reference answers
-    m.impl("linear", TORCH_BOX(&linear));
-    m.impl("linear_backward", TORCH_BOX(&linear_backward));
-  }
-#endif
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_backward", TORCH_BOX(&linear_backward));
+  m.impl("linear_normed", TORCH_BOX(&linear_normed));
+  m.impl("linear_normed_backward", TORCH_BOX(&linear_normed_backward));
 }
 
 }  // namespace
@@ -355,6 +432,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("supported_isas", &supported_isas, "Instruction sets of this processor that kernels exist for, slowest first.");
   m.def("current_isa", [] { return supported_isas()[static_cast<int>(current_isa.load())]; });
   m.def("set_isa", &set_isa, pybind11::arg("name"));
-  m.def("has_tiles", &has_tiles, "Whether this processor multiplies tiles of bfloat16 (AMX), and this process may.");
+  m.def("made_by_intel", &made_by_intel);
   m.def("num_threads", [] { return torch::stable::get_num_threads(); });
 }

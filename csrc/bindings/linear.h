@@ -10,11 +10,14 @@ namespace fer::bindings {
 // A call, the contiguous tensors that it points into, and what is returned.
 struct LinearForwardCall : LinearForward {
   std::vector<Tensor> inputs;
-  Tensor y_tensor;
+  std::vector<double> parts_of_all;
+  Tensor y_tensor, mean_tensor, var_tensor;
 };
 struct LinearBackwardCall : LinearBackward {
   std::vector<Tensor> inputs;
+  std::vector<double> parts_of_all;
   Tensor dx_tensor, dm_tensor, dweight_tensor;
+  Tensor dnorm[4];  // of mean, var, scale and shift
 };
 
 // What both directions take. The Python front checks with better words; this keeps direct calls of torch.ops
@@ -67,6 +70,67 @@ inline LinearBackwardCall linear_backward(const Tensor& grad, const Tensor& x, c
   call.dx = float_output(call.dx_tensor, need_nodes);
   call.dm = float_output(call.dm_tensor, need_nodes && m);
   call.dweight = float_output(call.dweight_tensor, need_weight);
+  return call;
+}
+
+// x's norm, where it has one: its statistics, and a weight and bias or null.
+template <class Call>
+void fill_linear_norm(Call& call, const Tensor& x, const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
+                      const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, double eps, int64_t act) {
+  STD_TORCH_CHECK(act >= 0 && act <= static_cast<int64_t>(NormAct::gelu), "linear: unknown act ", act);
+  STD_TORCH_CHECK(mean.has_value() == var.has_value(), "linear: x has both statistics or none");
+  STD_TORCH_CHECK(mean || (!scale && !shift && act == 0), "linear: without statistics there is no norm");
+  STD_TORCH_CHECK(!mean || call.sides == 1, "linear: x has no norm beside m");
+  const float** to[] = {&call.mean, &call.var, &call.scale, &call.shift};
+  const std::optional<Tensor>* from[] = {&mean, &var, &scale, &shift};
+  for (int i = 0; i < 4; ++i) {
+    if (!*from[i]) continue;
+    STD_TORCH_CHECK(is_like(**from[i], x, {x.size(1)}), "linear: a norm's tensors must be (C_in,) and as x");
+    *to[i] = float_input(call, **from[i]);
+  }
+  call.eps = eps, call.act = static_cast<NormAct>(act);
+}
+
+inline LinearForwardCall linear_normed_forward(const Tensor& x, const std::optional<Tensor>& m, const Tensor& weight,
+                                               const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
+                                               const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+                                               int64_t groups, double eps, int64_t act, int64_t chunk) {
+  LinearForwardCall call = linear_forward(x, m, weight, std::nullopt, groups);
+  fill_linear_norm(call, x, mean, var, scale, shift, eps, act);
+  STD_TORCH_CHECK(call.rows >= 1, "linear: statistics need a row");
+  const int64_t out = groups * call.out;
+  call.mean_tensor = torch::stable::new_empty(x, {out});
+  call.var_tensor = torch::stable::new_empty(x, {out});
+  call.y_mean = float_output(call.mean_tensor, true);
+  call.y_var = float_output(call.var_tensor, true);
+  call.parts_of_all.resize((call.rows + chunk - 1) / chunk * 2 * out);
+  call.parts = call.parts_of_all.data();
+  return call;
+}
+
+inline LinearBackwardCall linear_normed_backward(const Tensor& grad, const Tensor& dy_mean, const Tensor& dy_var, const Tensor& x,
+                                                 const std::optional<Tensor>& m, const Tensor& weight,
+                                                 const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
+                                                 const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+                                                 const Tensor& y, const Tensor& y_mean, int64_t groups, double eps, int64_t act,
+                                                 bool need_nodes, bool need_weight, int64_t chunk) {
+  LinearBackwardCall call = linear_backward(grad, x, m, weight, groups, need_nodes, need_weight);
+  fill_linear_norm(call, x, mean, var, scale, shift, eps, act);
+  const int64_t out = groups * call.out, in = need_nodes && mean ? x.size(1) : 0;
+  STD_TORCH_CHECK(is_like(y, x, {call.rows, out}), "linear: y must be as its gradient");
+  STD_TORCH_CHECK(is_like(y_mean, x, {out}) && is_like(dy_mean, x, {out}) && is_like(dy_var, x, {out}),
+                  "linear: y's statistics and their gradients must be (C_out,) and as x");
+  call.y = float_input(call, y);
+  call.y_mean = float_input(call, y_mean);
+  call.dy_mean = float_input(call, dy_mean);
+  call.dy_var = float_input(call, dy_var);
+  float** to[] = {&call.dmean, &call.dvar, &call.dscale, &call.dshift};
+  for (int i = 0; i < 4; ++i) {
+    call.dnorm[i] = torch::stable::new_empty(x, {in});
+    *to[i] = float_output(call.dnorm[i], in > 0);
+  }
+  call.parts_of_all.resize((call.rows + chunk - 1) / chunk * 2 * in);
+  call.parts = call.parts_of_all.data();
   return call;
 }
 

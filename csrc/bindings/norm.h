@@ -14,7 +14,7 @@ struct NormForwardCall : NormForward {
 };
 struct NormBackwardCall : NormBackward {
   std::vector<Tensor> inputs;
-  Tensor dx_tensor, dweight_tensor, dbias_tensor, dresidual_tensor;
+  Tensor dx_tensor, dweight_tensor, dbias_tensor, dresidual_tensor, dmean_tensor, dvar_tensor;
 };
 
 // What both directions take. The Python front checks with better words; this keeps direct calls of torch.ops
@@ -68,19 +68,38 @@ inline NormForwardCall norm_forward(const Tensor& x, const std::optional<Tensor>
   return call;
 }
 
+template <class Call>
+void fill_statistics(Call& call, const Tensor& x, const Tensor& mean, const Tensor& var) {
+  for (const Tensor* t : {&mean, &var})
+    STD_TORCH_CHECK(is_shape(*t, {call.channels}) && t->scalar_type() == accumulation_type(call.dtype) && t->device() == x.device(),
+                    "norm: mean and var must be (C,) on x's device, float64 for float64, else float32");
+  call.mean = const_cast<void*>(contiguous_input(call, mean));  // the forward pass writes its own alone
+  call.var = const_cast<void*>(contiguous_input(call, var));
+}
+
+// As norm_forward, by statistics that are given.
+inline NormForwardCall norm_given_forward(const Tensor& x, const Tensor& mean, const Tensor& var,
+                                          const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                                          const std::optional<Tensor>& residual, const std::optional<Tensor>& gain,
+                                          double eps, int64_t act) {
+  NormForwardCall call{};
+  fill_norm(call, x, weight, bias, residual, gain, eps, act, nullptr);
+  fill_statistics(call, x, mean, var);
+  call.y_tensor = torch::stable::new_empty(x, {call.rows, call.channels},
+                                           call.wide ? accumulation_type(call.dtype) : x.scalar_type());
+  call.y = call.y_tensor.mutable_data_ptr();
+  return call;
+}
+
 inline NormBackwardCall norm_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& weight,
                                       const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                                       const std::optional<Tensor>& gain, const Tensor& mean, const Tensor& var,
-                                      double eps, int64_t act) {
+                                      double eps, int64_t act, bool given) {
   NormBackwardCall call{};
   fill_norm(call, x, weight, bias, residual, gain, eps, act, &grad);
   const ScalarType wide = accumulation_type(call.dtype);
-  for (const Tensor* t : {&mean, &var})
-    STD_TORCH_CHECK(is_shape(*t, {call.channels}) && t->scalar_type() == wide && t->device() == x.device(),
-                    "norm: mean and var must be (C,) on x's device, float64 for float64, else float32");
+  fill_statistics(call, x, mean, var);
   call.grad = contiguous_input(call, grad);
-  call.mean = contiguous_input(call, mean);
-  call.var = contiguous_input(call, var);
   call.dx_tensor = torch::stable::new_empty(x, {call.rows, call.channels});
   call.dweight_tensor = torch::stable::new_empty(x, {call.channels}, wide);
   call.dbias_tensor = torch::stable::new_empty(x, {call.channels}, wide);
@@ -90,6 +109,12 @@ inline NormBackwardCall norm_backward(const Tensor& grad, const Tensor& x, const
   call.dweight = call.dweight_tensor.mutable_data_ptr();
   call.dbias = call.dbias_tensor.mutable_data_ptr();
   call.dresidual = residual ? call.dresidual_tensor.mutable_data_ptr() : nullptr;
+  if (given) {
+    call.dmean_tensor = torch::stable::new_empty(x, {call.channels}, wide);
+    call.dvar_tensor = torch::stable::new_empty(x, {call.channels}, wide);
+    call.dmean = call.dmean_tensor.mutable_data_ptr();
+    call.dvar = call.dvar_tensor.mutable_data_ptr();
+  }
   return call;
 }
 

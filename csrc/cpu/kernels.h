@@ -11,6 +11,25 @@
 
 namespace fer::cpu {
 
+// Once for every instruction set, and once more for tiles of bfloat16.
+#define FER_DECLARE_LINEAR                                                                            \
+  /* The weight packed for y or (transposed) for dx: in how many units, how many bytes, units [begin, end). */ \
+  int64_t linear_units(const LinearCall& call, bool transposed);                                      \
+  int64_t linear_packed(const LinearCall& call, bool transposed);                                     \
+  void linear_pack(const LinearCall& call, bool transposed, void* packed, int64_t begin, int64_t end); \
+  /* Rows [begin, end) of y, and of dx and dm; begin is a multiple of linear_chunk(). Where statistics are */ \
+  /* wanted or there is a norm, also their parts, 2 * channels numbers a chunk. */                    \
+  int64_t linear_chunk();                                                                             \
+  void linear(const LinearForward& call, const void* packed, int64_t begin, int64_t end);             \
+  void linear_input_gradient(const LinearBackward& call, const void* packed, int64_t begin, int64_t end); \
+  /* dweight: all parts, each of linear_part_size(call) numbers and made in linear_part_units(call) units, of */ \
+  /* which [begin, end); then rows from all parts. */                                                 \
+  int64_t linear_parts(const LinearCall& call);                                                       \
+  int64_t linear_part_size(const LinearCall& call);                                                   \
+  int64_t linear_part_units(const LinearCall& call);                                                  \
+  void linear_weight_parts(const LinearBackward& call, float* parts, int64_t begin, int64_t end);     \
+  void linear_weight_merge(const LinearBackward& call, const float* parts, int64_t begin, int64_t end);
+
 #define FER_DECLARE_KERNELS(isa)                                                                      \
   namespace isa {                                                                                     \
   /* Rows [begin, end) of the B * N queries. */                                                       \
@@ -43,6 +62,10 @@ namespace fer::cpu {
   void norm_backward_sums(const NormBackward& call, double* parts, int64_t begin, int64_t end);       \
   void norm_backward_merge(const NormBackward& call, const double* parts);                            \
   void norm_backward_apply(const NormBackward& call, int64_t begin, int64_t end);                     \
+  FER_DECLARE_LINEAR                                                                                  \
+  /* From all parts: y's statistics, and the gradients of x's norm. Tiles of bfloat16 know neither. */ \
+  void linear_merge_stats(const LinearForward& call);                                                 \
+  void linear_merge_gradients(const LinearBackward& call);                                            \
   }
 
 FER_DECLARE_KERNELS(baseline)
@@ -53,25 +76,13 @@ FER_DECLARE_KERNELS(avx512)
 #undef FER_DECLARE_KERNELS
 
 #if defined(__x86_64__) && defined(__linux__)
-#define FER_TILES  // linear's kernels are compiled
-namespace avx512 {
+#define FER_TILES  // linear_tiles.cpp is compiled
+namespace tiles {
 // Whether this processor multiplies tiles of bfloat16, and the kernel lets this process do so.
-bool has_tiles();
-// The weight as tiles, for y or (transposed) for dx: how many, how many numbers they take, and tiles [begin, end).
-int64_t linear_tiles(const LinearCall& call, bool transposed);
-int64_t linear_packed(const LinearCall& call, bool transposed);
-void linear_pack(const LinearCall& call, bool transposed, uint16_t* packed, int64_t begin, int64_t end);
-// Rows [begin, end) of y, and of dx and dm.
-void linear(const LinearForward& call, const uint16_t* packed, int64_t begin, int64_t end);
-void linear_input_gradient(const LinearBackward& call, const uint16_t* packed, int64_t begin, int64_t end);
-// dweight: all parts, each of linear_part_size(call) numbers and made in linear_part_units(call) units, of which
-// [begin, end); then rows from all parts.
-int64_t linear_parts(const LinearCall& call);
-int64_t linear_part_size(const LinearCall& call);
-int64_t linear_part_units(const LinearCall& call);
-void linear_weight_parts(const LinearBackward& call, float* parts, int64_t begin, int64_t end);
-void linear_weight_merge(const LinearBackward& call, const float* parts, int64_t begin, int64_t end);
-}  // namespace avx512
+bool available();
+FER_DECLARE_LINEAR
+}  // namespace tiles
 #endif
+#undef FER_DECLARE_LINEAR
 
 }  // namespace fer::cpu

@@ -1,151 +1,49 @@
-// linear on the CPU: products of rows with a weight, on the processor's tiles of bfloat16 (AMX).
+// linear on the CPU: products of rows with a weight, in float32 vectors. Processors that multiply tiles of bfloat16
+// take linear_tiles.cpp for what is no more than a product.
 //
-// A tile instruction multiplies sixteen times as fast as a vector instruction of float32. So a float32 number
-// is taken apart into three bfloat16 pieces, of eight bits each, which together are the number; and of the
-// nine products of pieces the three smallest, below the last bit of the largest, are left out. Six fast
-// products beat one slow one, and are as exact: 32 terms are added up from zero before they come to the sum, so
-// that most roundings are of small numbers.
+// Sums of a tile, kRows rows by two vectors of columns, stay in registers. What a tile multiplies is packed
+// first: rows of the left side one after the other, a fixed pitch apart, so that one register addresses all of
+// them; columns of the right side two vectors wide. Packing takes x and m side by side, and the columns of one
+// group, from where they lie. Long sums are made in stretches of kDeep terms, which are added up in memory:
+// that costs little, and rounds like the blocked sums of a matrix library.
 //
-// Operands are packed into tiles of 1 KB, piece after piece: sixteen rows of 32 numbers on the left side, and
-// on the right sixteen rows of pairs of numbers, (2p, 2p + 1), for sixteen columns. Inputs of all kinds come
-// as blocks of sixteen columns, the last of which may be narrower: so groups, and x and m side by side, cost
-// no copy. Compiled for AVX-512 alone, which every processor with these tiles has, and for Linux, of which
-// a process asks leave to use them.
-#include "kernels.h"
-
-#if defined(__AVX512F__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
+// What comes before and after a product is done while its numbers are in the cache anyway: rows are normed and
+// activated as they are packed, and statistics of results taken, or slopes multiplied in, a panel at a time.
+// A batch norm's own statistics depend on all rows, so those of y are a result of their own, with a gradient
+// of its own, which is added to y's as that is packed.
 #include <algorithm>
+#include <array>
 
-#include "simd.h"
+#include "channels.h"
+#include "kernels.h"
+#include "product.h"
 
 namespace fer::cpu::FER_ISA {
 namespace {
 
-constexpr int kPieces = 3;
-constexpr int64_t kTile = 512;              // bfloat16 numbers of a tile
-constexpr int64_t kStep = kPieces * kTile;  // of a step's tiles: sixteen rows, 32 of the numbers that are summed
-// Steps that are multiplied at once: what two tiles of rows and two of columns take then, 48 KB, the innermost
-// cache holds. With 6 steps instead, products took longer, although sums were written less often.
-constexpr int64_t kDeep = 4;
-constexpr int64_t kMostRows = 256;          // for which a weight is read once
-constexpr int64_t kPanel = 24;              // blocks of a weight's gradient at once, either way: what the cache holds
-constexpr int64_t kCalls = 6;               // of multiply's meanwhile() in a step
-constexpr int64_t kPartRows = 1024, kParts = 8;  // of a weight's gradient: rows of a part, and most parts
+constexpr int kLane = kLanes<float>, kWide = 2 * kLane;
+constexpr int64_t kDeep = 192;              // terms of a stretch: with them, a tile's operands fit the innermost cache
+constexpr int64_t kPitch = kDeep + 16;      // of packed rows: not a power of two, whose lines would share cache sets
+constexpr int64_t kChunk = 8 * kRows;       // rows that a panel of a weight meets while it is in the cache
+constexpr int64_t kBlock = 128;             // rows of a weight's gradient at once
+constexpr int64_t kPanels = 12;             // panels of a weight's gradient at once
+constexpr int64_t kPartRows = 784, kParts = 8;  // of a weight's gradient: most rows of a part, up to so many parts
 
-// ---- tile instructions ----
+// ---- columns of x and m, or of y ----
 
-// Not the compiler's intrinsics: gcc's do not say that they read memory.
-template <int tile>
-inline void tile_load(const void* from, int64_t pitch) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(pitch), "i"(tile) : "memory");
-}
-template <int tile>
-inline void tile_store(void* to, int64_t pitch) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(pitch), "i"(tile) : "memory");
-}
-template <int tile>
-inline void tile_zero() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(tile));
-}
-template <int sum, int left, int right>
-inline void tile_product() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(left), "i"(right));
-}
-
-// This thread's tiles, all of sixteen rows of 64 bytes, as long as it lives.
-struct Tiles {
-  Tiles() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } shape;
-    asm volatile("ldtilecfg %0" ::"m"(shape));
-  }
-  ~Tiles() { asm volatile("tilerelease"); }
-};
-
-// ---- pieces ----
-
-typedef __m512i Pieces[kPieces];
-
-// x as a sum of bfloat16 numbers, each in the upper half of a lane.
-inline void split(__m512 x, Pieces& pieces) {
-  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)), half = _mm512_set1_epi32(0x8000);
-#pragma GCC unroll 2
-  for (int i = 0; i + 1 < kPieces; ++i) {  // the nearest: what is left has eight bits less
-    pieces[i] = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(x), half), upper);
-    x = _mm512_sub_ps(x, _mm512_castsi512_ps(pieces[i]));
-  }
-  pieces[kPieces - 1] = _mm512_castps_si512(x);
-}
-
-// 32 numbers in their order, of one piece.
-inline __m512i in_a_row(__m512i first, __m512i second) {
-  alignas(64) static constexpr uint16_t upper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-                                                     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-  return _mm512_permutex2var_epi16(first, _mm512_load_si512(upper), second);
-}
-// Sixteen pairs.
-inline __m512i in_pairs(__m512i first, __m512i second) {
-  const __m512i upper = _mm512_and_si512(second, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)));
-  return _mm512_or_si512(_mm512_srli_epi32(first, 16), upper);
-}
-
-inline void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
-  }
-  for (int i = 0; i < 8; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
-  }
-}
-
-// ---- blocks of sixteen columns ----
-
-inline __m512 masked(const float* from, unsigned mask) { return _mm512_maskz_loadu_ps(mask, from); }
-
-inline unsigned first_lanes(int64_t count) { return count >= 16 ? 0xFFFFu : count <= 0 ? 0u : (1u << count) - 1; }
-inline int64_t blocks_of(int64_t columns) { return (columns + 15) / 16; }
-inline int64_t steps_of(int64_t blocks) { return (blocks + 1) / 2; }
-inline int64_t even(int64_t blocks) { return (blocks + 1) / 2 * 2; }
-
-template <class Float>
-struct Block {
-  Float* first;  // of the first row
-  unsigned mask;
-};
-
-// The columns of one group in one tensor, or in two side by side.
+// `width` columns of one tensor, and as many of a second, where there is one.
 template <class Float>
 struct Columns {
   Float *x, *m;
   int64_t width, pitch;
 
-  int64_t blocks() const { return blocks_of(width) * (m ? 2 : 1); }
-  Block<Float> operator[](int64_t b) const {
-    const int64_t half = blocks_of(width), at = b % half * 16;
-    if (b >= blocks()) return {x, 0};
-    return {(b < half ? x : m) + at, first_lanes(width - at)};
+  int64_t panels_of_one() const { return (width + kWide - 1) / kWide; }
+  int64_t panels() const { return panels_of_one() * (m ? 2 : 1); }
+  // Panel p's first column, and how many columns it has: no panel lies in both tensors.
+  Float* panel(int64_t p, int* columns) const {
+    const int64_t at = p % panels_of_one() * kWide;
+    *columns = static_cast<int>(std::min<int64_t>(kWide, width - at));
+    return (p < panels_of_one() ? x : m) + at;
   }
 };
 
@@ -159,121 +57,65 @@ Columns<Float> outputs(const LinearCall& call, Float* y, int64_t g) {
   return {y + g * call.out, nullptr, call.out, call.groups * call.out};
 }
 
-// The sixteen numbers of a weight's row that belong to block b of its group's inputs; zeros where there are none.
-inline __m512 weight_block(const LinearCall& call, int64_t group, int64_t row, int64_t b) {
-  const int64_t half = blocks_of(call.in), at = b % half * 16, count = std::min<int64_t>(16, call.in - at);
-  if (row >= call.out || b >= half * call.sides) return _mm512_setzero_ps();
-  const float* weight = call.weight + (group * call.out + row) * call.in * call.sides;
-  if (call.sides == 1) return masked(weight + at, first_lanes(count));
-  const __m512 low = masked(weight + 2 * at, first_lanes(2 * count));
-  const __m512 high = masked(weight + 2 * at + 16, first_lanes(2 * count - 16));
-  const __m512i each = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-  return _mm512_permutex2var_ps(low, _mm512_add_epi32(each, _mm512_set1_epi32(b < half ? 0 : 1)), high);
+// Stretches of a sum of `terms`, and how long each is: about the same.
+inline int64_t stretches(int64_t terms) { return (terms + kDeep - 1) / kDeep; }
+inline int64_t stretch(int64_t terms) { return (terms + stretches(terms) - 1) / stretches(terms); }
+
+// f(rows, columns), both as constants, for a tile of up to kRows rows and one or two vectors of columns.
+template <class F>
+inline void with_tile(int64_t rows, int columns, F f) {
+  [&]<int... r>(std::integer_sequence<int, r...>) {
+    const auto try_rows = [&](auto count) {
+      if (count != rows) return false;
+      columns > kLane ? f(count, std::integral_constant<int, 2>{}) : f(count, std::integral_constant<int, 1>{});
+      return true;
+    };
+    (void)(try_rows(std::integral_constant<int, kRows - r>{}) || ...);  // full tiles are asked for first
+  }(std::make_integer_sequence<int, kRows>{});
 }
 
 // ---- packing ----
 
-// Rows and steps of columns on their way to left tiles, [row tile][step][piece], a little at a time: while the
-// tiles multiply, the processor has time for that. Rows beyond the last stay as they are: a row of the left side
-// reaches its own row of the result alone, and nobody stores that.
-struct Packing {
-  Block<const float> blocks[2 * kDeep];
-  int64_t pitch = 0, steps = 0, row = 0, rows = 0, step = 0;
-  uint16_t* to = nullptr;
-
-  Packing() = default;
-  Packing(const Columns<const float>& columns, int64_t begin, int64_t end, int64_t from, int64_t to_step, uint16_t* to)
-      : pitch(columns.pitch), steps(to_step - from), rows(end - begin), to(to) {
-    for (int64_t b = 0; b < 2 * steps; ++b) {
-      blocks[b] = columns[2 * from + b];
-      blocks[b].first += begin * pitch;
-    }
-  }
-  int64_t remaining() const { return (rows - row) * steps - step; }
-  // The next step of a row.
-  void one() {
-    if (row == rows) return;
-    Pieces first, second;
-    const Block<const float> a = blocks[2 * step], b = blocks[2 * step + 1];
-    const float* from = a.first + row * pitch;
-    __builtin_prefetch(from + 8 * pitch), __builtin_prefetch(from + 8 * pitch + 16);
-    split(masked(from, a.mask), first);
-    split(masked(b.first + row * pitch, b.mask), second);
-    uint16_t* tile = to + (row / 16 * steps + step) * kStep + row % 16 * 32;
-    for (int i = 0; i < kPieces; ++i) _mm512_store_si512(tile + i * kTile, in_a_row(first[i], second[i]));
-    if (++step == steps) step = 0, ++row;
-  }
-  void rest() {
-    while (row < rows) one();
-  }
-};
-
-inline void store_tile(uint16_t* tile, const __m512i (&rows)[kPieces][16]) {
-  for (int i = 0; i < kPieces; ++i)
-    for (int p = 0; p < 16; ++p) _mm512_store_si512(tile + i * kTile + p * 32, rows[i][p]);
+// `to` has room for a whole last vector, here and wherever rows are packed: a store under a mask takes longer.
+inline void copy_row(const float* from, int64_t count, float* to) {
+  for_channels<float>(count, [&](int64_t c, auto part) { store(to + c, load_lanes<float>(from + c, part)); });
 }
 
-// A right tile of the weight: for y, the inputs of step s to outputs of block b; for dx, the outputs of step s
-// to inputs of block b.
-void pack_weight(const LinearCall& call, bool transposed, int64_t group, int64_t b, int64_t s, uint16_t* tile) {
-  __m512i rows[kPieces][16];
-  for (int p = 0; p < 16; ++p) {
-    Pieces first, second;
-    const int64_t r = transposed ? 32 * s + 2 * p : 16 * b + p;
-    split(weight_block(call, group, r, transposed ? b : 2 * s), first);
-    split(weight_block(call, group, transposed ? r + 1 : r, transposed ? b : 2 * s + 1), second);
-    for (int i = 0; i < kPieces; ++i)
-      rows[i][p] = transposed ? in_pairs(first[i], second[i]) : in_a_row(first[i], second[i]);
+// A weight's panel for y, [input][output of the panel], or (transposed) for dx, [output][input of the panel].
+// What stands in columns that a panel lacks is never looked at.
+void pack_panel(const LinearCall& call, bool transposed, int64_t group, int64_t p, float* packed) {
+  const int64_t width = call.in * call.sides, each = ((transposed ? call.in : call.out) + kWide - 1) / kWide;  // panels of one tensor
+  const int64_t side = p / each, at = p % each * kWide;
+  const int columns = static_cast<int>(std::min<int64_t>(kWide, (transposed ? call.in : call.out) - at));
+  const float* weight = call.weight + group * call.out * width;
+  if (transposed) {
+    for (int64_t o = 0; o < call.out; ++o) {
+      const float* row = weight + o * width + at * call.sides + side;
+      if (call.sides == 1)
+        copy_row(row, columns, packed + o * kWide);
+      else
+        for (int64_t c = 0; c < columns; ++c) packed[o * kWide + c] = row[2 * c];
+    }
+    return;
   }
-  if (!transposed)
-    for (int i = 0; i < kPieces; ++i) transpose(rows[i]);
-  store_tile(tile, rows);
+  weight += at * width;
+  const Buffer<float> apart = allocate<float>(call.sides == 1 ? 0 : columns * width);  // x's inputs first, then m's
+  if (call.sides == 2) {
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t i = 0; i < call.in; ++i)
+        for (int64_t s = 0; s < 2; ++s) apart[c * width + s * call.in + i] = weight[c * width + 2 * i + s];
+    weight = apart.get();
+  }
+  const float* rows[kWide];
+  float ones[kWide];
+  std::fill_n(ones, kWide, 1.0f);
+  point_at(weight, width, columns, kWide, rows);
+  pack<float>(rows, ones, width, kWide, packed);
 }
 
-// Blocks [from, to) of columns on their way to tiles for a product over rows [begin, end), 32 rows a tile, as the
-// left side's, transposed, or as the right side's: [block][kDeep tiles]. A little at a time as well.
-struct RowPacking {
-  Columns<const float> columns;
-  int64_t from = 0, to = 0, begin = 0, end = 0;
-  bool left = false;
-  uint16_t* packed = nullptr;
-  int64_t row = begin, b = from, stage = 0;  // what comes next: of a tile, sixteen pairs of rows, then its pieces turned
-  Block<const float> block = from < to ? columns[from] : Block<const float>{};
+// ---- memory that is needed next ----
 
-  int64_t stages() const { return left ? 16 + kPieces : 16; }
-  int64_t count() const { return (end - begin + 31) / 32 * (to - from) * stages(); }
-  bool one() {
-    if (row >= end || from == to) return false;
-    uint16_t* tile = packed + ((b - from) * kDeep + (row - begin) / 32) * kStep;
-    if (stage < 16) {
-      Pieces first, second;
-      const int64_t at = row + 2 * stage;
-      const float* numbers = block.first + at * columns.pitch;
-      __builtin_prefetch(numbers + 64), __builtin_prefetch(numbers + columns.pitch + 64);
-      split(masked(numbers, at < end ? block.mask : 0), first);
-      split(masked(numbers + columns.pitch, at + 1 < end ? block.mask : 0), second);
-      for (int i = 0; i < kPieces; ++i)
-        _mm512_store_si512(tile + i * kTile + stage * 32, in_pairs(first[i], second[i]));
-    } else {
-      tile += (stage - 16) * kTile;
-      __m512i rows[16];
-      for (int p = 0; p < 16; ++p) rows[p] = _mm512_load_si512(tile + p * 32);
-      transpose(rows);
-      for (int p = 0; p < 16; ++p) _mm512_store_si512(tile + p * 32, rows[p]);
-    }
-    if (++stage == stages()) {
-      stage = 0;
-      if (++b == to) b = from, row += 32;
-      block = columns[b];
-    }
-    return true;
-  }
-};
-
-// ---- products ----
-
-// Memory that is needed next, fetched a few lines at a time: all at once they would hinder the tiles' loads.
-template <bool written>
+// Rows of a tensor, fetched a few lines at a time while tiles are multiplied: packing would wait for cold memory.
 struct Ahead {
   const char* row = nullptr;
   int64_t pitch = 0, lines = 0, rows = 0, each = 0, line = 0;
@@ -281,278 +123,421 @@ struct Ahead {
   Ahead() = default;
   // `rows` rows of `width` numbers, within `times` calls of fetch().
   Ahead(const float* first, int64_t pitch, int64_t width, int64_t rows, int64_t times)
-      : row(reinterpret_cast<const char*>(first)), pitch(4 * pitch), lines((width + 15) / 16), rows(rows) {
+      : row(reinterpret_cast<const char*>(first)), pitch(4 * pitch), lines((width + 15) / 16), rows(width > 0 ? rows : 0) {
     each = (lines * rows + times - 1) / times;
   }
   void fetch() {
     for (int64_t i = 0; i < each && rows > 0; ++i) {
-      if constexpr (written)
-        asm volatile("prefetchw (%0)" ::"r"(row + 64 * line));
-      else
-        asm volatile("prefetcht1 (%0)" ::"r"(row + 64 * line));
+      __builtin_prefetch(row + 64 * line, 0, 2);
       if (++line == lines) line = 0, row += pitch, --rows;
     }
   }
 };
 
-// Tiles 0 to 3, the sums of two row tiles by two column tiles, go on over `steps` steps. A tile's steps follow
-// each other; `across` is the way from the first row (column) tile to the second. Largest products last.
-// meanwhile() is called kCalls times a step: the processor has time while the tiles multiply.
-template <class F>
-inline void multiply(const uint16_t* left, int64_t left_across, const uint16_t* right, int64_t right_across,
-                     int64_t steps, F meanwhile) {
-  const auto load_left = [&](int piece) {
-    tile_load<4>(left + piece * kTile, 64);
-    tile_load<5>(left + left_across + piece * kTile, 64);
-  };
-  const auto load_right = [&](int piece) {
-    tile_load<6>(right + piece * kTile, 64);
-    tile_load<7>(right + right_across + piece * kTile, 64);
-  };
-  const auto products = [&] {
-    tile_product<0, 4, 6>();
-    tile_product<1, 4, 7>();
-    tile_product<2, 5, 6>();
-    tile_product<3, 5, 7>();
-    meanwhile();
-  };
-  for (int64_t s = 0; s < steps; ++s, left += kStep, right += kStep) {
-    load_left(0), load_right(2), products();
-    load_right(1), products();
-    load_left(1), products();
-    load_right(0), products();
-    load_left(2), products();
-    load_left(0), products();
+// ---- rows, as a product takes them: copy(r, from, count, to) writes terms [from, from + count) of row r, and
+// ahead(r, rows, from, count, times) is the memory that this reads for `rows` rows ----
+
+struct Plain {
+  Columns<const float> of;
+  void copy(int64_t r, int64_t from, int64_t count, float* to) const {
+    const int64_t of_x = std::clamp<int64_t>(of.width - from, 0, count);
+    if (of_x) copy_row(of.x + r * of.pitch + from, of_x, to);
+    if (of_x < count) copy_row(of.m + r * of.pitch + from + of_x - of.width, count - of_x, to + of_x);
+  }
+  std::array<Ahead, 2> ahead(int64_t r, int64_t rows, int64_t from, int64_t count, int64_t times) const {
+    const int64_t of_x = std::clamp<int64_t>(of.width - from, 0, count);
+    return {Ahead(of.x + r * of.pitch + from, of.pitch, of_x, rows, times),
+            of.m ? Ahead(of.m + r * of.pitch + from + of_x - of.width, of.pitch, count - of_x, rows, times) : Ahead()};
+  }
+};
+
+// A group's part of a channel's constants: norm = (x - mean) * scale + shift.
+struct Constants {
+  const float *mean, *scale, *shift;
+};
+
+template <NormAct act>
+struct Normed {
+  Columns<const float> of;
+  Constants by;
+  void copy(int64_t r, int64_t from, int64_t count, float* to) const {
+    const float* row = of.x + r * of.pitch + from;
+    for_channels<float>(count, [&](int64_t c, auto part) {
+      const Vec<float> mean = load(by.mean + from + c), scale = load(by.scale + from + c), shift = load(by.shift + from + c);
+      store(to + c, activate<act>((load_lanes<float>(row + c, part) - mean) * scale + shift));
+    });
+  }
+  std::array<Ahead, 2> ahead(int64_t r, int64_t rows, int64_t from, int64_t count, int64_t times) const {
+    return {Ahead(of.x + r * of.pitch + from, of.pitch, count, rows, times), {}};
+  }
+};
+
+// y's gradient with what comes to it by way of y's statistics: dy + shift + scale * (y - mean).
+struct Tilted {
+  Columns<const float> grad;
+  const float* y;
+  Constants by;
+  void copy(int64_t r, int64_t from, int64_t count, float* to) const {
+    const float *dy = grad.x + r * grad.pitch + from, *row = y + r * grad.pitch + from;
+    for_channels<float>(count, [&](int64_t c, auto part) {
+      const Vec<float> mean = load(by.mean + from + c), scale = load(by.scale + from + c), shift = load(by.shift + from + c);
+      const Vec<float> tilt = (load_lanes<float>(row + c, part) - mean) * scale + shift;
+      store(to + c, load_lanes<float>(dy + c, part) + tilt);
+    });
+  }
+  std::array<Ahead, 2> ahead(int64_t r, int64_t rows, int64_t from, int64_t count, int64_t times) const {
+    const int64_t at = r * grad.pitch + from;
+    return {Ahead(grad.x + at, grad.pitch, count, rows, times), Ahead(y + at, grad.pitch, count, rows, times)};
+  }
+};
+
+// Rows [begin, end) of a left side, to [tile][stretch][row][kPitch].
+template <class Rows>
+void pack_rows(const Rows& rows, int64_t terms, int64_t begin, int64_t end, float* packed) {
+  const int64_t step = stretch(terms), size = stretches(terms) * kRows * kPitch;
+  for (int64_t r = begin; r < end; ++r) {
+    float* row = packed + (r - begin) / kRows * size + (r - begin) % kRows * kPitch;
+    for (int64_t from = 0; from < terms; from += step, row += kRows * kPitch)
+      rows.copy(r, from, std::min(step, terms - from), row);
   }
 }
 
-inline void zero_sums() {
-  tile_zero<0>();
-  tile_zero<1>();
-  tile_zero<2>();
-  tile_zero<3>();
-}
-// (32, 32), with `pitch` numbers a row.
-inline void load_sums(const float* from, int64_t pitch) {
-  tile_load<0>(from, pitch * 4);
-  tile_load<1>(from + 16, pitch * 4);
-  tile_load<2>(from + 16 * pitch, pitch * 4);
-  tile_load<3>(from + 16 * pitch + 16, pitch * 4);
-}
-inline void store_sums(float* to, int64_t pitch) {
-  tile_store<0>(to, pitch * 4);
-  tile_store<1>(to + 16, pitch * 4);
-  tile_store<2>(to + 16 * pitch, pitch * 4);
-  tile_store<3>(to + 16 * pitch + 16, pitch * 4);
-}
+// ---- products ----
 
-// Steps at once, where there are `steps`: no more than kDeep, and about as many every time.
-inline int64_t depth(int64_t steps) { return (steps + (steps - 1) / kDeep) / ((steps - 1) / kDeep + 1); }
-
-// What multiplies a packed left side, (rows, steps [from, to) of all), by a packed weight,
-// [block of out][step][piece], into rows [begin, end) of `out`: plus `start`, a number for every column of
-// every block, or null, in its first steps, and plus what is there in later ones. Packs what comes next.
-void multiply_rows(const uint16_t* left, const uint16_t* weight, const float* start, const Columns<float>& out, int64_t begin,
-                   int64_t end, int64_t from, int64_t to, int64_t steps, Packing& next) {
-  const int64_t tile_rows = (end - begin + 15) / 16, across = (to - from) * kStep, times = kCalls * (to - from);
-  const int64_t calls = times * ((out.blocks() + 1) / 2) * ((tile_rows + 1) / 2), each = (next.remaining() + calls - 1) / calls;
-  const bool large = out.blocks() * steps * kStep * 2 > 1 << 20;  // the weight: more than half a core's cache
-  for (int64_t b = 0; b < out.blocks(); b += 2) {
-    const Block<float> first = out[b], second = out[b + 1];
-    const uint16_t* right = weight + (b * steps + from) * kStep;
-    const bool side_by_side = (first.mask & second.mask) == 0xFFFF && second.first == first.first + 16;
-    for (int64_t t = 0; t < tile_rows; t += 2) {
-      alignas(64) float sums[32 * 32];
-      const int64_t r = begin + 16 * t, rows = std::min<int64_t>(32, end - r);
-      const bool in_place = side_by_side && rows == 32;
-      float* at = first.first + r * out.pitch;
-      if (from == 0) {
-        start ? load_sums(start + 16 * b, 0) : zero_sums();
-      } else if (in_place) {
-        load_sums(at, out.pitch);
-      } else {
-        for (int64_t i = 0; i < rows; ++i) {
-          _mm512_store_ps(sums + 32 * i, masked(first.first + (r + i) * out.pitch, first.mask));
-          _mm512_store_ps(sums + 32 * i + 16, masked(second.first + (r + i) * out.pitch, second.mask));
-        }
-        load_sums(sums, 32);
-      }
-      Ahead<true> written;
-      if (from == 0 && in_place) {
-        const bool below = t + 4 <= tile_rows;
-        written = {below ? at + 32 * out.pitch : out[b + 2].first + begin * out.pitch, out.pitch, 32, 32, times};
-      }
-      // the next two blocks' tiles, one block with each of the first two pairs of rows
-      const float* panel = reinterpret_cast<const float*>(right + (t == 0 ? 2 : 3) * steps * kStep);
-      Ahead<false> later(panel, 0, across / 2, large && t < 4 ? 1 : 0, times);
-      // where there is no second row tile it is the first again: nobody stores it
-      multiply(left + t * across, t + 1 < tile_rows ? across : 0, right, steps * kStep, to - from, [&] {
-        written.fetch(), later.fetch();
-        for (int64_t i = 0; i < each; ++i) next.one();
+// Rows [0, rows) of a chunk, packed, times a panel, plus `added`, to `columns` columns of `to`. `sums` is scratch.
+// Meanwhile the memory of `next`, within panel_times() calls, is fetched.
+int64_t panel_times(int64_t terms, int64_t rows) { return stretches(terms) * ((rows + kRows - 1) / kRows); }
+void panel_product(const float* left, const float* panel, int64_t terms, int64_t rows, int columns, const float* added,
+                   float* to, int64_t pitch, float* sums, Ahead (&next)[3]) {
+  const int64_t step = stretch(terms), size = stretches(terms) * kRows * kPitch;
+  for (int64_t from = 0; from < terms; from += step)
+    for (int64_t r = 0; r < rows; r += kRows) {
+      for (Ahead& memory : next) memory.fetch();
+      with_tile(std::min<int64_t>(kRows, rows - r), columns, [&](auto height, auto vectors) {
+        float *so_far = sums + r * kWide, *row = to + r * pitch;
+        const auto product = [&](auto done) {
+          product_tile<float, height(), vectors(), kPitch, 1>(
+              left + r / kRows * size + from / step * kRows * kPitch, panel + from * kWide, kWide,
+              std::min(step, terms - from), nullptr, done);
+        };
+        const auto keep = [&](int i, int v, Vec<float> sum) {
+          float* at = so_far + i * kWide + v * kLane;
+          store(at, from == 0 ? sum : load(at) + sum);
+        };
+        if (from + step < terms) return product(keep);
+        product([&](int i, int v, Vec<float> sum) {
+          sum += load(added + v * kLane);
+          if (from != 0) sum += load(so_far + i * kWide + v * kLane);
+          float* at = row + i * pitch + v * kLane;
+          const int left_over = columns - v * kLane;
+          left_over >= kLane ? store_lanes<float>(at, sum, Whole{}) : store_lanes<float>(at, sum, left_over);
+        });
       });
-      if (in_place) {
-        store_sums(at, out.pitch);
-        continue;
-      }
-      store_sums(sums, 32);
-      for (int64_t i = 0; i < rows; ++i) {
-        _mm512_mask_storeu_ps(first.first + (r + i) * out.pitch, first.mask, _mm512_load_ps(sums + 32 * i));
-        _mm512_mask_storeu_ps(second.first + (r + i) * out.pitch, second.mask, _mm512_load_ps(sums + 32 * i + 16));
+    }
+}
+
+// Rows [begin, end) of out(g) = in(g), of `terms` terms, times group g's packed weight, plus start(g), a number for
+// each column or null. finish(g, p, first, last) when rows [first, last) of panel p are there; it reads
+// finish_reads(g, p, first, rows, times).
+template <class In, class Out, class Start, class Reads, class Finish>
+void rows_product(int64_t groups, int64_t terms, In in, Out out, Start start, Reads finish_reads, Finish finish,
+                  const float* packed, int64_t begin, int64_t end) {
+  const int64_t panels = out(0).panels();
+  const Buffer<float> left = allocate<float>(kChunk * stretches(terms) * kPitch), sums = allocate<float>(kChunk * kWide);
+  for (int64_t first = begin; first < end; first += kChunk) {
+    const int64_t last = std::min(end, first + kChunk);
+    for (int64_t g = 0; g < groups; ++g) {
+      pack_rows(in(g), terms, first, last, left.get());
+      const auto to = out(g);
+      const int64_t times = panel_times(terms, last - first);
+      const bool same = g + 1 < groups;  // rows come next
+      const int64_t later = same ? first : last, rows = (same ? last : std::min(end, last + kChunk)) - later;
+      const auto inputs_ahead = in(same ? g + 1 : 0).ahead(later, rows, 0, terms, times * panels);
+      Ahead next[3] = {inputs_ahead[0], inputs_ahead[1], {}};
+      for (int64_t p = 0; p < panels; ++p) {
+        int columns;
+        float* column = to.panel(p, &columns);
+        alignas(64) float added[kWide] = {};
+        if (const float* numbers = start(g)) std::copy_n(numbers + p * kWide, columns, added);
+        next[2] = finish_reads(g, p, first, last - first, times);
+        panel_product(left.get(), packed + (g * panels + p) * terms * kWide, terms, last - first, columns, added,
+                      column + first * to.pitch, to.pitch, sums.get(), next);
+        finish(g, p, first, last);
       }
     }
   }
-  next.rest();
 }
 
-// Rows [begin, end) of out(g) = in(g) times group g's packed weight, which takes `size` numbers, plus start(g).
-template <class In, class Out, class Start>
-void rows_product(int64_t groups, In in, Out out, Start start, const uint16_t* packed, int64_t size, int64_t begin, int64_t end) {
-  const Tiles tiles;
-  const int64_t steps = steps_of(in(0).blocks()), deep = depth(steps), depths = (steps + deep - 1) / deep;
-  const int64_t most = out(0).blocks() > 64 ? kMostRows / 2 : kMostRows;  // sums have to stay in the cache, too
-  const int64_t turns = (end - begin + most - 1) / most;
-  const int64_t turn = ((end - begin) / std::max<int64_t>(1, turns) + 31) / 32 * 32, size_of_left = turn / 16 * deep * kStep;
-  const Buffer<uint16_t> both = allocate<uint16_t>(2 * size_of_left);
-  const int64_t works = (end - begin + turn - 1) / turn * groups * depths;
-  const auto packing = [&](int64_t work) {
-    if (work == works) return Packing();
-    const int64_t r = begin + work / (groups * depths) * turn, from = work % depths * deep;
-    uint16_t* to = both.get() + work % 2 * size_of_left;
-    return Packing(in(work / depths % groups), r, std::min(end, r + turn), from, std::min(steps, from + deep), to);
-  };
-  Packing now = packing(0);
-  now.rest();
-  for (int64_t work = 0; work < works; ++work) {
-    Packing next = packing(work + 1);
-    const int64_t r = begin + work / (groups * depths) * turn, g = work / depths % groups, from = work % depths * deep;
-    multiply_rows(now.to, packed + g * size, start(g), out(g), r, std::min(end, r + turn), from, std::min(steps, from + deep),
-                  steps, next);
-    now = next;
-  }
+Ahead nothing(int64_t, int64_t, int64_t, int64_t, int64_t) { return {}; }
+
+// ---- the weight's gradient ----
+
+// Tiles of `count` results, of nearly the same height.
+inline int64_t tiles_of(int64_t count) { return (count + kRows - 1) / kRows; }
+inline int64_t tile_begin(int64_t count, int64_t t) { return t * count / tiles_of(count); }
+
+// A tile of `height` results by a panel's `columns`, over packed rows, added to what is there.
+void add_product(const float* left, const float* right, int64_t rows, int64_t height, int columns, float* to, int64_t pitch) {
+  for (int64_t i = 0; i < height; ++i)
+    for (int v = 0; v < kWide; v += 16) __builtin_prefetch(to + i * pitch + v, 1, 3);
+  with_tile(height, columns, [&](auto height, auto vectors) {
+    product_tile<float, height(), vectors(), 1, kPackedRows>(left, right, kWide, rows, nullptr,
+                                                             [&](int i, int v, Vec<float> sum) {
+                                                               float* at = to + i * pitch + v * kLane;
+                                                               store(at, load(at) + sum);
+                                                             });
+  });
 }
 
-// The product over rows [begin, end) for one group and blocks [first, last) of its outputs:
-// (out blocks * 16, in blocks * 16), even numbers of blocks.
-void weight_part(const LinearBackward& call, int64_t group, int64_t first, int64_t last, int64_t begin, int64_t end, float* sum) {
-  constexpr int64_t kRows = 32 * kDeep, across = kDeep * kStep;
-  const auto x = inputs(call, call.x, call.m, group);
-  const auto grad = outputs(call, call.grad, group);
-  const int64_t tall = last - first, broad = even(x.blocks()), pitch = broad * 16;
-  const int64_t panels = (broad + kPanel - 1) / kPanel, works = (end - begin + kRows - 1) / kRows * panels;
-  const int64_t left_size = tall * across, right_size = std::min(kPanel, broad) * across;
-  const Buffer<uint16_t> left = allocate<uint16_t>(2 * left_size), right = allocate<uint16_t>(2 * right_size);
-  struct Both {
-    RowPacking grad, x;
-    bool one() { return grad.one() || x.one(); }
+// gradᵀ x over rows [begin, end), for panels [from, to) of x's columns, added to sum (outputs, panels).
+template <class X, class Grad>
+void weight_part(const X& x, const Columns<const float>& columns, const Grad& grad, int64_t out, int64_t begin, int64_t end,
+                 int64_t from, int64_t to, float* sum) {
+  // Blocks of a panel and of a tile; the lines beyond keep those of the next from sharing cache sets.
+  constexpr int64_t kPanel = kBlock * kWide + 32, kTile = kBlock * kPackedRows + 16;
+  const int64_t tiles = tiles_of(out), pitch = columns.panels() * kWide;
+  const Buffer<float> left = allocate<float>(tiles * kTile), right = allocate<float>((to - from) * kPanel);
+  for (int64_t o = 0; o < out; ++o) std::fill_n(sum + o * pitch + from * kWide, (to - from) * kWide, 0.0f);
+  const auto width = [&](int64_t p) {
+    int count;
+    columns.panel(p, &count);
+    return count;
   };
-  // rows by panels of x's blocks; the gradient's tiles serve all panels
-  const auto packing = [&](int64_t work) {
-    if (work == works) return Both{{grad}, {x}};
-    const int64_t chunk = work / panels, panel = work % panels * kPanel;
-    const int64_t r = begin + chunk * kRows, to = std::min(end, r + kRows);
-    return Both{{grad, first, panel == 0 ? last : first, r, to, true, left.get() + chunk % 2 * left_size},
-                {x, panel, std::min(broad, panel + kPanel), r, to, false, right.get() + work % 2 * right_size}};
+  const auto term = [&](int64_t p) {
+    return p / columns.panels_of_one() * columns.width + p % columns.panels_of_one() * kWide;
   };
-  for (Both start = packing(0); start.one();) continue;
-  alignas(64) float sums[32 * 32];
-  for (int64_t work = 0; work < works; ++work) {
-    const Both now = packing(work);
-    const int64_t steps = (now.x.end - now.x.begin + 31) / 32;
-    const uint16_t* grad_tiles = left.get() + work / panels % 2 * left_size;
-    Both next = packing(work + 1);
-    const int64_t calls = kCalls * steps * (tall / 2) * ((now.x.to - now.x.from) / 2);
-    const int64_t each = (next.grad.count() + next.x.count() + calls - 1) / calls;
-    for (int64_t a = 0; a < tall; a += 2)
-      for (int64_t b = now.x.from; b < now.x.to; b += 2) {
-        float* at = sum + (first + a) * 16 * pitch + b * 16;
-        zero_sums();
-        multiply(grad_tiles + a * across, across, now.x.packed + (b - now.x.from) * across, across, steps, [&] {
-          for (int64_t i = 0; i < each; ++i) next.one();
-        });
-        if (now.x.begin == begin) {
-          store_sums(at, pitch);
-          continue;
-        }
-        // added here: tiles that went on from the last sum would round to it six times every 32 rows
-        store_sums(sums, 32);
-        for (int i = 0; i < 32; ++i)
-          for (int h = 0; h < 32; h += 16) {
-            float* row = at + i * pitch + h;
-            _mm512_storeu_ps(row, _mm512_add_ps(_mm512_loadu_ps(row), _mm512_load_ps(sums + 32 * i + h)));
-          }
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t rows = std::min(kBlock, end - first);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t p = from; p < to; ++p)
+        x.copy(first + r, term(p), width(p), right.get() + (p - from) * kPanel + r * kWide);
+      for (int64_t t = 0; t < tiles; ++t)
+        grad.copy(first + r, tile_begin(out, t), tile_begin(out, t + 1) - tile_begin(out, t),
+                  left.get() + t * kTile + r * kPackedRows);
+    }
+    const int64_t later = std::min(end, first + kBlock), next = std::min(end, later + kBlock) - later;
+    const int64_t first_term = term(from), terms = term(to - 1) + width(to - 1) - first_term;
+    auto of_x = x.ahead(later, next, first_term, terms, (to - from) * tiles);
+    auto of_grad = grad.ahead(later, next, 0, out, (to - from) * tiles);
+    for (int64_t p = from; p < to; ++p)
+      for (int64_t t = 0; t < tiles; ++t) {
+        for (auto* memory : {&of_x[0], &of_x[1], &of_grad[0], &of_grad[1]}) memory->fetch();
+        const int64_t at = tile_begin(out, t);
+        add_product(left.get() + t * kTile, right.get() + (p - from) * kPanel, rows, tile_begin(out, t + 1) - at, width(p),
+                    sum + at * pitch + p * kWide, pitch);
       }
-    while (next.one()) continue;
   }
 }
 
-int64_t in_blocks(const LinearCall& call) { return blocks_of(call.in) * call.sides; }
+// ---- constants, and sums over rows ----
+
+struct AllConstants {
+  Buffer<float> mean, scale, shift;
+  explicit AllConstants(int64_t channels)  // and a vector beyond the last
+      : mean(allocate<float>(channels + kLane)), scale(allocate<float>(channels + kLane)), shift(allocate<float>(channels + kLane)) {
+    for (const auto* of : {&mean, &scale, &shift}) std::fill_n(of->get(), channels + kLane, 0.0f);
+  }
+  Constants of(int64_t channel) const { return {mean.get() + channel, scale.get() + channel, shift.get() + channel}; }
+};
+
+float reciprocal_deviation(const LinearCall& call, int64_t c) { return 1 / std::sqrt(call.var[c] + static_cast<float>(call.eps)); }
+
+AllConstants norm_of_x(const LinearCall& call) {
+  const int64_t channels = call.mean ? call.groups * call.in : 0;
+  AllConstants all(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    all.mean[c] = call.mean[c];
+    all.scale[c] = reciprocal_deviation(call, c) * (call.scale ? call.scale[c] : 1);
+    all.shift[c] = call.shift ? call.shift[c] : 0;
+  }
+  return all;
+}
+
+AllConstants tilt_of_y(const LinearBackward& call) {
+  const int64_t channels = call.y ? call.groups * call.out : 0;
+  AllConstants all(channels);
+  const float rows = static_cast<float>(call.rows);
+  for (int64_t c = 0; c < channels; ++c) {
+    all.mean[c] = call.y_mean[c];
+    all.scale[c] = 2 * call.dy_var[c] / rows;
+    all.shift[c] = call.dy_mean[c] / rows;
+  }
+  return all;
+}
+
+// f(rows of x) and f(rows of dy), whatever they are made of.
+template <class F>
+void with_x(const LinearCall& call, const AllConstants& norm, F f) {
+  const auto normed = [&](auto act) {
+    f([&](int64_t g) { return Normed<act()>{inputs(call, call.x, call.m, g), norm.of(g * call.in)}; });
+  };
+  if (!call.mean) return f([&](int64_t g) { return Plain{inputs(call, call.x, call.m, g)}; });
+  switch (call.act) {
+    case NormAct::none: return normed(std::integral_constant<NormAct, NormAct::none>{});
+    case NormAct::relu: return normed(std::integral_constant<NormAct, NormAct::relu>{});
+    case NormAct::gelu: return normed(std::integral_constant<NormAct, NormAct::gelu>{});
+  }
+}
+template <class F>
+void with_grad(const LinearBackward& call, const AllConstants& tilt, F f) {
+  if (call.y)
+    f([&](int64_t g) { return Tilted{outputs(call, call.grad, g), call.y + g * call.out, tilt.of(g * call.out)}; });
+  else
+    f([&](int64_t g) { return Plain{outputs(call, call.grad, g)}; });
+}
+
+// A chunk's mean and squared differences from it, of channels [c, c + columns): as norm.cpp takes them, as
+// differences from the mean of its first rows.
+void part_of_stats(const LinearForward& call, int64_t c, int columns, int64_t first, int64_t last) {
+  const int64_t channels = call.groups * call.out, few = std::min<int64_t>(8, last - first);
+  double* to = call.parts + first / kChunk * 2 * channels + c;
+  for_channels<float>(columns, [&](int64_t at, auto part) {
+    const float* y = call.y + first * channels + c + at;
+    Vec<float> centre{}, sum{}, square{};
+    for (int64_t r = 0; r < few; ++r) centre += load_lanes<float>(y + r * channels, part);
+    centre /= splat(static_cast<float>(few));
+    for (int64_t r = 0; r < last - first; ++r) {
+      const Vec<float> d = load_lanes<float>(y + r * channels, part) - centre;
+      sum += d;
+      square += d * d;
+    }
+    for (int l = 0; l < std::min<int64_t>(kLane, columns - at); ++l) {
+      const double mean = static_cast<double>(sum[l]) / static_cast<double>(last - first);
+      to[at + l] = centre[l] + mean;
+      to[channels + at + l] = std::max(square[l] - sum[l] * mean, 0.0);  // a NaN stays
+    }
+  });
+}
+
+// What is the gradient of the normed and activated x becomes that of x alone, mean and variance apart; and the
+// chunk's sums of the norm's gradient, and of that times x - mean.
+template <NormAct act>
+void part_of_slopes(const LinearBackward& call, const Constants& by, int64_t c, int columns, int64_t first, int64_t last) {
+  const int64_t channels = call.groups * call.in;
+  double* to = call.parts + first / kChunk * 2 * channels + c;
+  for_channels<float>(columns, [&](int64_t at, auto part) {
+    const float* x = call.x + first * channels + c + at;
+    float* dx = call.dx + first * channels + c + at;
+    const Vec<float> mean = load(by.mean + at), scale = load(by.scale + at), shift = load(by.shift + at);
+    Vec<float> sum{}, along{};
+    for (int64_t r = 0; r < last - first; ++r) {
+      const Vec<float> d = load_lanes<float>(x + r * channels, part) - mean;
+      const Vec<float> slope_here = slope<act>(load_lanes<float>(dx + r * channels, part), d * scale + shift);
+      sum += slope_here;
+      along += slope_here * d;
+      store_lanes<float>(dx + r * channels, slope_here * scale, part);
+    }
+    for (int l = 0; l < std::min<int64_t>(kLane, columns - at); ++l) to[at + l] = sum[l], to[channels + at + l] = along[l];
+  });
+}
 
 // Rows of a part of dweight: by the shape alone, so that sums have one order however many threads there are.
 int64_t part_rows(const LinearCall& call) {
   const int64_t parts = std::clamp<int64_t>((call.rows + kPartRows - 1) / kPartRows, 1, kParts);
   return std::max<int64_t>(1, (call.rows + parts - 1) / parts);
 }
+int64_t panels_of(const LinearCall& call, bool transposed) {
+  return transposed ? (call.in + kWide - 1) / kWide * call.sides : (call.out + kWide - 1) / kWide;
+}
+int64_t panel_size(const LinearCall& call, bool transposed) {
+  return (transposed ? call.out : call.in * call.sides) * kWide;
+}
 
 }  // namespace
 
-bool has_tiles() {
-  unsigned a, b, c, d;
-  __cpuid_count(7, 0, a, b, c, d);
-  constexpr unsigned bfloat16 = 1u << 22, tiles = 1u << 24;
-  if (!(d & bfloat16) || !(d & tiles)) return false;
-  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h
-  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+int64_t linear_units(const LinearCall& call, bool transposed) { return call.groups * panels_of(call, transposed); }
+int64_t linear_packed(const LinearCall& call, bool transposed) {
+  return linear_units(call, transposed) * panel_size(call, transposed) * static_cast<int64_t>(sizeof(float));
+}
+void linear_pack(const LinearCall& call, bool transposed, void* packed, int64_t begin, int64_t end) {
+  const int64_t panels = panels_of(call, transposed);
+  for (int64_t u = begin; u < end; ++u)
+    pack_panel(call, transposed, u / panels, u % panels, static_cast<float*>(packed) + u * panel_size(call, transposed));
 }
 
-int64_t linear_tiles(const LinearCall& call, bool transposed) {
-  const int64_t in = in_blocks(call), out = blocks_of(call.out);
-  return call.groups * (transposed ? even(in) * steps_of(out) : even(out) * steps_of(in));
-}
-int64_t linear_packed(const LinearCall& call, bool transposed) { return linear_tiles(call, transposed) * kStep; }
+int64_t linear_chunk() { return kChunk; }
 
-void linear_pack(const LinearCall& call, bool transposed, uint16_t* packed, int64_t begin, int64_t end) {
-  const int64_t in = in_blocks(call), out = blocks_of(call.out);
-  const int64_t blocks = even(transposed ? in : out), steps = steps_of(transposed ? out : in);
-  for (int64_t t = begin; t < end; ++t)
-    pack_weight(call, transposed, t / (blocks * steps), t / steps % blocks, t % steps, packed + t * kStep);
-}
-
-void linear(const LinearForward& call, const uint16_t* packed, int64_t begin, int64_t end) {
-  const int64_t padded = even(blocks_of(call.out)) * 16;
-  const Buffer<float> starts = allocate<float>(call.groups * padded);
-  std::fill_n(starts.get(), call.groups * padded, 0.0f);
-  if (call.bias)
-    for (int64_t g = 0; g < call.groups; ++g) std::copy_n(call.bias + g * call.out, call.out, starts.get() + g * padded);
-  rows_product(
-      call.groups, [&](int64_t g) { return inputs(call, call.x, call.m, g); },
-      [&](int64_t g) { return outputs(call, call.y, g); },
-      [&](int64_t g) { return call.bias ? starts.get() + g * padded : nullptr; }, packed,
-      linear_packed(call, false) / call.groups, begin, end);
+void linear(const LinearForward& call, const void* packed, int64_t begin, int64_t end) {
+  const AllConstants norm = norm_of_x(call);
+  with_x(call, norm, [&](auto x) {
+    rows_product(
+        call.groups, call.in * call.sides, x, [&](int64_t g) { return outputs(call, call.y, g); },
+        [&](int64_t g) { return call.bias ? call.bias + g * call.out : nullptr; }, nothing,
+        [&](int64_t g, int64_t p, int64_t first, int64_t last) {
+          const int columns = static_cast<int>(std::min<int64_t>(kWide, call.out - p * kWide));
+          if (call.y_mean) part_of_stats(call, g * call.out + p * kWide, columns, first, last);
+        },
+        static_cast<const float*>(packed), begin, end);
+  });
 }
 
-void linear_input_gradient(const LinearBackward& call, const uint16_t* packed, int64_t begin, int64_t end) {
-  rows_product(
-      call.groups, [&](int64_t g) { return outputs(call, call.grad, g); },
-      [&](int64_t g) { return inputs(call, call.dx, call.dm, g); }, [](int64_t) { return nullptr; }, packed,
-      linear_packed(call, true) / call.groups, begin, end);
+void linear_merge_stats(const LinearForward& call) {
+  merge_stats(call.rows, kChunk, call.groups * call.out, call.parts, call.y_mean, call.y_var);
 }
 
-int64_t linear_parts(const LinearCall& call) { return call.groups * ((call.rows + part_rows(call) - 1) / part_rows(call)); }
-int64_t linear_part_size(const LinearCall& call) { return even(blocks_of(call.out)) * even(in_blocks(call)) * 256; }
-int64_t linear_part_units(const LinearCall& call) { return (even(blocks_of(call.out)) + kPanel - 1) / kPanel; }
+void linear_input_gradient(const LinearBackward& call, const void* packed, int64_t begin, int64_t end) {
+  const AllConstants norm = norm_of_x(call), tilt = tilt_of_y(call);
+  with_grad(call, tilt, [&](auto grad) {
+    const auto run = [&](auto reads, auto finish) {
+      rows_product(
+          call.groups, call.out, grad, [&](int64_t g) { return inputs(call, call.dx, call.dm, g); },
+          [](int64_t) { return static_cast<const float*>(nullptr); }, reads, finish, static_cast<const float*>(packed), begin, end);
+    };
+    const auto with = [&](auto act) {
+      const auto reads = [&](int64_t g, int64_t p, int64_t first, int64_t rows, int64_t times) {
+        const int64_t channels = call.groups * call.in, columns = std::min<int64_t>(kWide, call.in - p * kWide);
+        return Ahead(call.x + first * channels + g * call.in + p * kWide, channels, columns, rows, times);
+      };
+      run(reads, [&](int64_t g, int64_t p, int64_t first, int64_t last) {
+        const int64_t c = g * call.in + p * kWide;
+        part_of_slopes<act()>(call, norm.of(c), c, static_cast<int>(std::min<int64_t>(kWide, call.in - p * kWide)), first, last);
+      });
+    };
+    if (!call.mean) return run(nothing, [](int64_t, int64_t, int64_t, int64_t) {});
+    switch (call.act) {
+      case NormAct::none: return with(std::integral_constant<NormAct, NormAct::none>{});
+      case NormAct::relu: return with(std::integral_constant<NormAct, NormAct::relu>{});
+      case NormAct::gelu: return with(std::integral_constant<NormAct, NormAct::gelu>{});
+    }
+  });
+}
 
-void linear_weight_parts(const LinearBackward& call, float* parts, int64_t begin, int64_t end) {
-  const Tiles tiles;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t part = unit / linear_part_units(call), first = unit % linear_part_units(call) * kPanel;
-    const int64_t row = part / call.groups * part_rows(call);
-    weight_part(call, part % call.groups, first, std::min(first + kPanel, even(blocks_of(call.out))), row,
-                std::min(call.rows, row + part_rows(call)), parts + part * linear_part_size(call));
+void linear_merge_gradients(const LinearBackward& call) {
+  const int64_t channels = call.groups * call.in, chunks = (call.rows + kChunk - 1) / kChunk;
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0, along = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      sum += call.parts[chunk * 2 * channels + c];
+      along += call.parts[(chunk * 2 + 1) * channels + c];
+    }
+    const double rstd = reciprocal_deviation(call, c), scale = call.scale ? call.scale[c] : 1;
+    call.dshift[c] = static_cast<float>(sum);
+    call.dscale[c] = static_cast<float>(along * rstd);
+    call.dmean[c] = static_cast<float>(-sum * rstd * scale);
+    call.dvar[c] = static_cast<float>(-0.5 * along * rstd * rstd * rstd * scale);
   }
 }
 
+int64_t linear_parts(const LinearCall& call) { return call.groups * ((call.rows + part_rows(call) - 1) / part_rows(call)); }
+int64_t linear_part_size(const LinearCall& call) { return call.out * panels_of(call, true) * kWide; }
+int64_t linear_part_units(const LinearCall& call) { return (panels_of(call, true) + kPanels - 1) / kPanels; }
+
+void linear_weight_parts(const LinearBackward& call, float* parts, int64_t begin, int64_t end) {
+  const AllConstants norm = norm_of_x(call), tilt = tilt_of_y(call);
+  const int64_t units = linear_part_units(call), panels = panels_of(call, true);
+  with_x(call, norm, [&](auto x) {
+    with_grad(call, tilt, [&](auto grad) {
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t part = unit / units, g = part % call.groups, row = part / call.groups * part_rows(call);
+        weight_part(x(g), inputs(call, call.x, call.m, g), grad(g), call.out, row, std::min(call.rows, row + part_rows(call)),
+                    unit % units * panels / units, (unit % units + 1) * panels / units, parts + part * linear_part_size(call));
+      }
+    });
+  });
+}
+
 void linear_weight_merge(const LinearBackward& call, const float* parts, int64_t begin, int64_t end) {
-  const int64_t half = blocks_of(call.in) * 16, pitch = even(in_blocks(call)) * 16, count = linear_parts(call);
+  const int64_t pitch = panels_of(call, true) * kWide, half = pitch / call.sides, count = linear_parts(call);
   const Buffer<float> sum = allocate<float>(pitch);
   for (int64_t row = begin; row < end; ++row) {
     std::fill_n(sum.get(), pitch, 0.0f);
@@ -567,4 +552,3 @@ void linear_weight_merge(const LinearBackward& call, const float* parts, int64_t
 }
 
 }  // namespace fer::cpu::FER_ISA
-#endif

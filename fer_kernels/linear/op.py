@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import checks, dispatch, extension
+from ..norm.reference import ACTS
 from . import reference
 
-OPERATOR = dispatch.Operator(
-    "linear",
-    dtypes={"reference": checks.FLOATING, "cpu": (torch.float32,)},
-    problems={}
-    if extension.TILES
-    else {"cpu": "this processor or system has no tiles of bfloat16 (AMX, on Linux)"},
-)
+OPERATOR = dispatch.Operator("linear", dtypes={"reference": checks.FLOATING, "cpu": (torch.float32,)})
 
 # From so many rows and channels on, the kernel beats torch's product (docs/performance.md).
-ROWS, WIDTH = 1024, 96
+ROWS, WIDTH = 1024, 96 if extension.FAST_PRODUCTS == "amx" else 16
 
 
 def _fake(x, m, weight, bias, groups):
@@ -85,6 +80,103 @@ _BACKWARD = dispatch.define(
 )
 
 
+def _fake_normed(x, m, weight, mean, var, scale, shift, groups, eps, act):
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return y, y.new_empty(y.shape[1]), y.new_empty(y.shape[1])
+
+
+def _fake_normed_backward(
+    grad,
+    dy_mean,
+    dy_var,
+    x,
+    m,
+    weight,
+    mean,
+    var,
+    scale,
+    shift,
+    y,
+    y_mean,
+    groups,
+    eps,
+    act,
+    need_nodes,
+    need_weight,
+):
+    channels = x.shape[1] if need_nodes and mean is not None else 0
+    found = _fake_backward(grad, x, m, weight, groups, need_nodes, need_weight)
+    return *found, *(x.new_empty(channels) for _ in range(4))
+
+
+def _setup_normed(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.groups, ctx.eps, ctx.act = inputs
+    y, y_mean, _ = output
+    ctx.save_for_backward(*tensors, y, y_mean)
+
+
+def _backward_normed(backend: str, ctx: Any, *gradients: Tensor) -> tuple:
+    run = _NORMED_BACKWARD["cpu" if backend == "compiled" else backend]
+    wanted = ctx.needs_input_grad
+    constants = (ctx.groups, ctx.eps, ctx.act, any(wanted[:2]) or any(wanted[3:]), wanted[2])
+    found = run(*(g.contiguous() for g in gradients), *ctx.saved_tensors, *constants)
+    return (*(g if w else None for g, w in zip(found, wanted, strict=False)), None, None, None)
+
+
+def _setup_normed_double(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, _, _, ctx.groups, ctx.eps, ctx.act, ctx.need_nodes, ctx.need_weight = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _normed_double_backward(backend: str, ctx: Any, *gradients: Tensor) -> tuple:
+    """Of y too, which is a function of what is multiplied."""
+    constants = (ctx.groups, ctx.eps, ctx.act)
+
+    def formula(grad, dy_mean, dy_var, *rest):
+        given = rest[:7]
+        y, y_mean, _ = reference.linear_normed(*given, *constants)
+        return reference.linear_normed_backward(
+            grad, dy_mean, dy_var, *given, y, y_mean, *constants, ctx.need_nodes, ctx.need_weight
+        )
+
+    found = dispatch.differentiated(formula, ctx.saved_tensors, range(10), gradients)
+    return *found, None, None, *(None,) * 5
+
+
+_NORMED = dispatch.define(
+    OPERATOR,
+    "(Tensor x, Tensor? m, Tensor weight, Tensor? mean, Tensor? var, Tensor? scale, Tensor? shift,"
+    " int groups, float eps, int act) -> (Tensor, Tensor, Tensor)",
+    suffix="_normed",
+    fake=_fake_normed,
+    reference=reference.linear_normed,
+    setup_context=_setup_normed,
+    backward=_backward_normed,
+)
+_NORMED_BACKWARD = dispatch.define(
+    OPERATOR,
+    "(Tensor grad, Tensor dy_mean, Tensor dy_var, Tensor x, Tensor? m, Tensor weight, Tensor? mean,"
+    " Tensor? var, Tensor? scale, Tensor? shift, Tensor y, Tensor y_mean, int groups, float eps, int act,"
+    " bool need_nodes, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    suffix="_normed_backward",
+    fake=_fake_normed_backward,
+    reference=reference.linear_normed_backward,
+    setup_context=_setup_normed_double,
+    backward=_normed_double_backward,
+)
+
+
+class RowNorm(NamedTuple):
+    """act((x - mean) / sqrt(var + eps) * weight + bias), channel by channel; None stands for 1 and 0."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-5
+    act: str | None = None
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -102,17 +194,18 @@ def linear(
         bias: (C_out), of x's dtype.
         m: as x: what is multiplied is x0, m0, x1, m1, ..., and the weight is (C_out, 2 C_in / groups).
         groups: divides C_in and C_out.
-        backend: "auto", "reference" or "cpu". The last is for float32 on processors that multiply tiles of
-            bfloat16 (AMX), under Linux: it multiplies the three bfloat16 pieces of which a float32 number
-            consists. There is none for GPUs, nor for bfloat16, where torch's own product is faster.
+        backend: "auto", "reference" or "cpu". The last is for float32. On processors that multiply tiles of
+            bfloat16 (AMX), under Linux, it multiplies the three bfloat16 pieces of which a float32 number
+            consists; on others, vectors of float32. There is none for GPUs, nor for bfloat16, where torch's
+            own product is faster.
 
     Returns:
         y (..., C_out) of x's dtype, also under autocast.
 
-    "cpu" is as exact as sums in float32, mostly more so, with two exceptions: numbers beyond 3.38e38 make NaN
-    of what they enter, infinities included, and numbers, products and sums below 1e-33 lose digits. It makes
-    the same bits on every run, whatever the number of threads (the bias's gradient is torch's sum). Second
-    derivatives work; the reference computes them.
+    "cpu" is as exact as sums in float32, mostly more so. Tiles have two exceptions: numbers beyond 3.38e38
+    make NaN of what they enter, infinities included, and numbers, products and sums below 1e-33 lose digits.
+    It makes the same bits on every run, whatever the number of threads (the bias's gradient is torch's sum).
+    Second derivatives work; the reference computes them.
 
     The reference is slower than torch's own products. `fer_kernels.nn.GroupedLinear` and `Projection` take
     the kernel where it is the faster, and torch's products elsewhere.
@@ -123,9 +216,80 @@ def linear(
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
+def normed_linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm: RowNorm | None = None,
+    m: Tensor | None = None,
+    groups: int = 1,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A product between two batch norms, in one pass: norm and activation of x while its rows are fetched,
+    the product, and the statistics of its results.
+
+    Args:
+        x: (rows, C_in), at least one row; float32 or float64.
+        weight: (C_out, C_in / groups), of x's dtype.
+        norm: what is multiplied is this of x: its statistics (C_in) may be those that this function returned
+            along with x. None multiplies x itself.
+        m, groups: as in `linear`; m is not normed, and so comes without a norm.
+        backend: "auto", "reference" or "cpu". The last is for float32, and as fast as torch's own product
+            can be on processors with AVX-512.
+
+    Returns:
+        y (rows, C_out), and its rows' mean and variance (C_out), the latter without Bessel's correction.
+
+    A chain of these makes the same network as products and batch norms do, forward and backward, but holds no
+    normed rows: the backward pass keeps x and y alone, and makes the others again. All three results have
+    gradients, and all of x, m, weight and the norm's tensors get one; so the statistics' share of a batch
+    norm's gradient comes from here. Statistics are as exact as `batch_norm_act` takes them. The same bits on
+    every run, whatever the number of threads. Second derivatives work; the reference computes them.
+    """
+    here = "normed_linear"
+    _check(x, weight, None, m, groups, here)
+    if x.dim() != 2 or not x.shape[0]:
+        raise ValueError(f"{here}: x must be (rows, C_in) with a row, got {checks.shape(x)}")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{here}: x must be float32 or float64, got {x.dtype}")
+    if norm is None:
+        given: tuple[Tensor | None, ...] = (None,) * 4
+        eps, act = 0.0, None
+    else:
+        if not isinstance(norm, RowNorm):
+            raise TypeError(f"{here}: norm must be a RowNorm, got {type(norm).__name__}")
+        if m is not None:
+            raise ValueError(f"{here}: m comes without a norm")
+        given, eps, act = norm[:4], norm.eps, norm.act
+        if act not in ACTS:
+            raise ValueError(f"{here}: unknown act {act!r}: expected one of {', '.join(map(repr, ACTS))}")
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps >= 0:
+            raise ValueError(f"{here}: eps must be a number of at least 0, got {eps!r}")
+        for name, tensor in zip(RowNorm._fields, given, strict=False):
+            if tensor is None and name in ("weight", "bias"):
+                continue
+            checks.dense_tensor(here, f"norm.{name}", tensor)
+            assert tensor is not None
+            checks.same_device(here, f"norm.{name}", tensor, "x", x)
+            if tensor.dtype != x.dtype or tuple(tensor.shape) != (x.shape[1],):
+                raise ValueError(
+                    f"{here}: norm.{name} must be ({x.shape[1]},) of {x.dtype} as x, "
+                    f"got {checks.shape(tensor)} of {tensor.dtype}"
+                )
+    run = OPERATOR.choose(backend, x, among=_NORMED)
+    return run(x, m, weight, *given, groups, float(eps), ACTS.index(act))
+
+
+def chains(x: Tensor, weight: Tensor) -> bool:
+    """Whether `normed_linear` is as fast as `linear` and norms: not where tiles of bfloat16 multiply."""
+    return extension.FAST_PRODUCTS == "avx512" and is_faster(x, weight)
+
+
 def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether "auto" takes a kernel for x and weight that is faster than torch's own product: the reference
     never is, nor the kernel where there is little to multiply."""
+    if not extension.FAST_PRODUCTS:
+        return False
     # Where shapes may be open, where what is traced runs elsewhere, where products are counted, and where an
     # operator of our own has no rule.
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
@@ -143,8 +307,7 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     return OPERATOR.has_kernel(x)
 
 
-def _check(x, weight, bias, m, groups) -> None:
-    here = "linear"
+def _check(x, weight, bias, m, groups, here="linear") -> None:
     checks.positive_int(here, "groups", groups)
     checks.dense_tensor(here, "x", x)
     if x.dtype not in checks.FLOATING:

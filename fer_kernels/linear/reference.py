@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import without_autocast
+from ..norm.reference import norm_given, norm_given_backward
 
 
 def interleave(x: Tensor, m: Tensor) -> Tensor:
@@ -46,3 +47,61 @@ def linear_backward(
         pairs = zip(grad.chunk(groups, 1), nodes.chunk(groups, 1), strict=True)
         dweight = torch.cat([g.t() @ part for g, part in pairs])
     return dx, dm, dweight
+
+
+@without_autocast
+def linear_normed(
+    x: Tensor,
+    m: Tensor | None,
+    weight: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    act: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = linear(act((x - mean) / sqrt(var + eps) * scale + shift)), or without mean of x itself, and the
+    mean and variance of y's rows, without Bessel's correction."""
+    y = linear(_normed(x, mean, var, scale, shift, eps, act), m, weight, None, groups)
+    y_var, y_mean = torch.var_mean(y, 0, correction=0)
+    return y, y_mean, y_var
+
+
+def _normed(x, mean, var, scale, shift, eps, act):
+    return x if mean is None else norm_given(x, mean, var, scale, shift, None, None, eps, act)
+
+
+@without_autocast
+def linear_normed_backward(
+    grad: Tensor,
+    dy_mean: Tensor,
+    dy_var: Tensor,
+    x: Tensor,
+    m: Tensor | None,
+    weight: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    y: Tensor,
+    y_mean: Tensor,
+    groups: int,
+    eps: float,
+    act: int,
+    need_nodes: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, m, weight, mean, var, scale and shift; empty where not wanted or not there.
+
+    y's statistics are means over its n rows: they add dmean / n + 2 (y - mean) dvar / n to y's gradient.
+    """
+    rows = y.shape[0]
+    grad = grad + dy_mean / rows + (y - y_mean) * (2 * dy_var / rows)
+    normed = _normed(x, mean, var, scale, shift, eps, act)
+    dx, dm, dweight = linear_backward(grad, normed, m, weight, groups, need_nodes, need_weight)
+    if mean is None or var is None or not need_nodes:
+        return dx, dm, dweight, *(x.new_empty(0) for _ in range(4))
+    dx, *of_norm, _ = norm_given_backward(dx, x, mean, var, scale, shift, None, None, eps, act)
+    return dx, dm, dweight, *of_norm

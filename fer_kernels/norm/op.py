@@ -89,6 +89,61 @@ _BACKWARD = dispatch.define(
 )
 
 
+def _fake_given(x, mean, var, weight, bias, residual, gain, eps, act):
+    return torch.empty_like(x if residual is None else residual, memory_format=torch.contiguous_format)
+
+
+def _fake_given_backward(grad, x, mean, var, weight, bias, residual, gain, eps, act):
+    dx, dweight, dbias, dresidual = _fake_backward(grad, x, weight, bias, residual, gain, mean, var, eps, act)
+    return dx, torch.empty_like(mean), torch.empty_like(var), dweight, dbias, dresidual
+
+
+def _setup_given(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, mean, var, weight, bias, residual, gain, ctx.eps, ctx.act = inputs
+    ctx.save_for_backward(x, mean, var, weight, bias, residual if ctx.act else None, gain)
+
+
+def _backward_given(backend: str, ctx: Any, grad: Tensor) -> tuple:
+    run = _GIVEN_BACKWARD["cpu" if backend == "compiled" else backend]
+    grad = grad.contiguous()
+    *gradients, of_residual = run(grad, *ctx.saved_tensors, ctx.eps, ctx.act)
+    gradients.append(of_residual if ctx.act else grad)
+    wanted = ctx.needs_input_grad
+    return (*(g if w else None for g, w in zip(gradients, wanted, strict=False)), None, None, None)
+
+
+def _setup_given_double(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.eps, ctx.act = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _given_double_backward(backend: str, ctx: Any, *gradients: Tensor) -> tuple:
+    inputs = (*ctx.saved_tensors, ctx.eps, ctx.act)
+    return dispatch.differentiated(reference.norm_given_backward, inputs, range(7), gradients)
+
+
+_GIVEN = dispatch.define(
+    OPERATOR,
+    "(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? gain,"
+    " float eps, int act) -> Tensor",
+    suffix="_given",
+    fake=_fake_given,
+    reference=reference.norm_given,
+    setup_context=_setup_given,
+    backward=_backward_given,
+)
+_GIVEN_BACKWARD = dispatch.define(
+    OPERATOR,
+    "(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual,"
+    " Tensor? gain, float eps, int act) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    suffix="_given_backward",
+    fake=_fake_given_backward,
+    reference=reference.norm_given_backward,
+    setup_context=_setup_given_double,
+    backward=_given_double_backward,
+)
+
+
 def batch_norm_act(
     x: Tensor,
     weight: Tensor | None = None,
@@ -98,14 +153,15 @@ def batch_norm_act(
     residual: Tensor | None = None,
     gain: Tensor | None = None,
     shift: Tensor | None = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
     eps: float = 1e-5,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     momentum: float = 0.1,
     backend: str = "auto",
 ) -> Tensor:
-    """act(gain * batch norm + residual) of rows by their own statistics, as in training, in as few passes as
-    that takes.
+    """act(gain * batch norm + residual) of rows by their own statistics, as in training, or by given ones, in
+    as few passes as that takes.
 
     Args:
         x: (rows, C), at least two rows; float32, float64, bfloat16 or float16.
@@ -116,6 +172,8 @@ def batch_norm_act(
             dtype or float32. A constant: it has no gradient.
         shift: (C), added to every row before the norm, such as the bias of the layer before. The norm takes
             it off again, so it only moves running_mean, and its gradient is zero.
+        statistics: mean and variance (C) instead of the rows' own, in float32 (float64 for float64), such as
+            those that `normed_linear` returns along with x; they have gradients.
         eps: added to the variance.
         running_mean, running_var: (C), moved in place by `momentum` towards the rows' mean and unbiased
             variance; None keeps none.
@@ -128,27 +186,49 @@ def batch_norm_act(
     As `F.gelu(F.batch_norm(x, ..., training=True))`, whose backward reads what lies between the two: this
     keeps x alone (and, for an activation, the residual), and computes that again. Arithmetic is in float32
     (float64 for float64) and results are rounded once, where the two functions round twice. NaN in a channel
-    makes all of it NaN. Results and gradients are bitwise reproducible, whatever the number of threads.
-    Second derivatives work; the reference computes them.
+    makes all of it NaN, where the statistics are its own. Results and gradients are bitwise reproducible,
+    whatever the number of threads. Second derivatives work; the reference computes them.
     """
-    _check(x, weight, bias, act, residual, gain, shift, eps, running_mean, running_var)
+    _check(x, weight, bias, act, residual, gain, shift, statistics, eps, running_mean, running_var)
     dtype = checks.accumulation_dtype(x.dtype)
-    if shift is not None:  # for its gradient; and a shift that is not finite spoils the norm
-        bias = 0 * shift if bias is None else torch.add(bias, shift, alpha=0)
+    bias = with_shift(bias, shift)
     weight, bias, gain = (None if t is None else t.to(dtype) for t in (weight, bias, gain))
-    run = OPERATOR.choose(backend, x)
-    y, mean, var = run(x, weight, bias, residual, gain, float(eps), ACTS.index(act))
-    with torch.no_grad():
-        if running_mean is not None:
-            mean = mean if shift is None else mean + shift
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        if running_var is not None:
-            unbiased = var * (x.shape[0] / (x.shape[0] - 1))
-            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    rest = (weight, bias, residual, gain, float(eps), ACTS.index(act))
+    if statistics is None:
+        y, mean, var = OPERATOR.choose(backend, x)(x, *rest)
+    else:
+        mean, var = statistics
+        y = OPERATOR.choose(backend, x, among=_GIVEN)(x, mean, var, *rest)
+    track(running_mean, running_var, momentum, mean, var, x.shape[0], shift)
     return y
 
 
-def _check(x, weight, bias, act, residual, gain, shift, eps, running_mean, running_var) -> None:
+def with_shift(bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    """The bias. shift gets its gradient, zero, by it; and where it is not finite it spoils the norm."""
+    if shift is None:
+        return bias
+    return 0 * shift if bias is None else torch.add(bias, shift, alpha=0)
+
+
+@torch.no_grad()
+def track(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    mean: Tensor,
+    var: Tensor,
+    rows: int,
+    shift: Tensor | None,
+) -> None:
+    """Moves what there is towards the rows' mean + shift and unbiased variance, in place."""
+    if running_mean is not None:
+        mean = mean if shift is None else mean + shift
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    if running_var is not None:
+        running_var.lerp_((var * (rows / (rows - 1))).to(running_var.dtype), momentum)
+
+
+def _check(x, weight, bias, act, residual, gain, shift, statistics, eps, running_mean, running_var) -> None:
     here = "batch_norm_act"
     checks.dense_tensor(here, "x", x)
     if x.dtype not in checks.FLOATING:
@@ -170,6 +250,18 @@ def _check(x, weight, bias, act, residual, gain, shift, eps, running_mean, runni
         "residual": residual,
         "gain": gain,
     }
+    if statistics is not None:
+        if not isinstance(statistics, (tuple, list)) or len(statistics) != 2:
+            raise TypeError(
+                f"{here}: statistics must be a mean and a variance, got {type(statistics).__name__}"
+            )
+        named |= {"mean": statistics[0], "variance": statistics[1]}
+        for name in ("mean", "variance"):
+            checks.dense_tensor(here, name, named[name])
+            if named[name].dtype != checks.accumulation_dtype(x.dtype):
+                raise TypeError(
+                    f"{here}: {name} must be float32 (float64 for float64), got {named[name].dtype}"
+                )
     for name, tensor in named.items():
         if tensor is None:
             continue

@@ -21,11 +21,26 @@ def norm(
     act: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (rows, C) to y (rows, C), and the rows' mean and variance (C), without Bessel's correction."""
-    wide = x.to(accumulation_dtype(x.dtype))
-    var, mean = torch.var_mean(wide, 0, correction=0)
-    z = _joined((wide - mean) * torch.rsqrt(var + eps), weight, bias, residual, gain)
+    var, mean = torch.var_mean(x.to(accumulation_dtype(x.dtype)), 0, correction=0)
+    return norm_given(x, mean, var, weight, bias, residual, gain, eps, act), mean, var
+
+
+def norm_given(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gain: Tensor | None,
+    eps: float,
+    act: int,
+) -> Tensor:
+    """As `norm`, by statistics that are given."""
+    normal = (x.to(accumulation_dtype(x.dtype)) - mean) * torch.rsqrt(var + eps)
+    z = _joined(normal, weight, bias, residual, gain)
     y = {None: z, "relu": F.relu(z), "gelu": F.gelu(z)}[ACTS[act]]
-    return y.to(x.dtype if residual is None else residual.dtype), mean, var
+    return y.to(x.dtype if residual is None else residual.dtype)
 
 
 def norm_backward(
@@ -46,10 +61,61 @@ def norm_backward(
 
     db = Σ du,  dw = Σ du x̂,  dx = w / σ (du - db / n - x̂ dw / n), with sums over the n rows
     """
-    dtype = accumulation_dtype(x.dtype)
+    du, normal, dresidual = _slopes(grad, x, weight, bias, residual, gain, mean, var, eps, act)
+    db, dw = du.sum(0), (du * normal).sum(0)
+    dx = _scale(weight, var, eps) * (du - db / x.shape[0] - normal * (dw / x.shape[0]))
+    return dx.to(x.dtype), dw, db, dresidual
+
+
+def norm_given_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gain: Tensor | None,
+    eps: float,
+    act: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, mean, var, weight, bias and residual. In the words of `norm_backward`:
+
+    dx = w / σ du,  dmean = -w / σ db,  dvar = -w / 2σ² dw
+    """
+    du, normal, dresidual = _slopes(grad, x, weight, bias, residual, gain, mean, var, eps, act)
+    db, dw, scale = du.sum(0), (du * normal).sum(0), _scale(weight, var, eps)
+    return (
+        (scale * du).to(x.dtype),
+        -scale * db,
+        -0.5 * torch.rsqrt(var + eps) * scale * dw,
+        dw,
+        db,
+        dresidual,
+    )
+
+
+def _scale(weight: Tensor | None, var: Tensor, eps: float) -> Tensor:
     rstd = torch.rsqrt(var + eps)
-    normal = (x.to(dtype) - mean) * rstd
-    dz = grad.to(dtype)
+    return rstd if weight is None else rstd * weight
+
+
+def _slopes(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gain: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    act: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """du, x̂, and the residual's gradient."""
+    dtype = accumulation_dtype(x.dtype)
+    normal = (x.to(dtype) - mean) * torch.rsqrt(var + eps)
+    dz = grad.to(dtype, copy=True)  # a result of its own, where it is the residual's gradient
     if ACTS[act] is not None:
         z = _joined(normal, weight, bias, residual, gain)
         if ACTS[act] == "relu":
@@ -58,11 +124,8 @@ def norm_backward(
             density = torch.exp(-z * z / 2) * 0.3989422804014327  # 1 / sqrt(2 pi)
             dz = dz * (0.5 * torch.erfc(-z * 0.7071067811865476) + z * density)
     du = dz if gain is None else dz * _by_row(gain, x.shape[0])
-    db, dw = du.sum(0), (du * normal).sum(0)
-    scale = rstd if weight is None else rstd * weight
-    dx = scale * (du - db / x.shape[0] - normal * (dw / x.shape[0]))
     dresidual = grad.new_empty(0, x.shape[1]) if residual is None else dz.to(residual.dtype)
-    return dx.to(x.dtype), dw, db, dresidual
+    return du, normal, dresidual
 
 
 def _joined(

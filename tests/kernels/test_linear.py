@@ -229,11 +229,12 @@ def test_compiles_whole():
 def test_modules_take_the_kernel_where_it_is_faster(monkeypatch):
     calls = []
     monkeypatch.setattr(fer_kernels.nn.conv, "linear", lambda *a, **k: calls.append(1) or linear(*a, **k))
-    layer = GroupedLinear(2 * op.WIDTH, op.WIDTH, groups=4)
-    x, m = torch.randn(2, op.ROWS // 2, op.WIDTH), torch.randn(2, op.ROWS // 2, op.WIDTH)
+    width = max(op.WIDTH, 32)
+    layer = GroupedLinear(2 * width, width, groups=4)
+    x, m = torch.randn(2, op.ROWS // 2, width), torch.randn(2, op.ROWS // 2, width)
     with fer_kernels.use_backend("auto"):
         y = layer.interleaved(x, m)
-        assert len(calls) == ("cpu" in BACKENDS)
+        assert len(calls) == (extension.FAST_PRODUCTS is not None)
         torch.testing.assert_close(y, eager(x, m, layer.weight, layer.bias, 4))
         mixed = layer.interleaved(x, m.bfloat16())
         torch.testing.assert_close(mixed, y, rtol=0.02, atol=0.1)
@@ -266,21 +267,28 @@ def test_modules_take_the_kernel_where_it_is_faster(monkeypatch):
     assert not calls
 
 
-def test_without_tiles_there_is_no_kernel(monkeypatch):
-    assert ("cpu" in BACKENDS) == extension.TILES
-    monkeypatch.setitem(op.OPERATOR.problems, "cpu", "this processor has no tiles")
-    assert fer_kernels.available_backends("linear") == ["reference"]
-    x, weight = torch.randn(op.ROWS, op.WIDTH), torch.randn(op.WIDTH, op.WIDTH)
-    layer = GroupedLinear(op.WIDTH, op.WIDTH, groups=1)
-    for wish in fer_kernels.dispatch.BACKENDS:  # of other operators: modules do without this one
+def test_modules_do_without_it_where_another_backend_is_asked_for(monkeypatch):
+    monkeypatch.setattr(extension, "FAST_PRODUCTS", "avx512")
+    x, weight = torch.randn(op.ROWS, 96), torch.randn(96, 96)
+    layer = GroupedLinear(96, 96, groups=1)
+    for wish in ("reference", "triton", "cuda"):
         with fer_kernels.use_backend(wish):
-            assert not op.is_faster(x, weight)
+            assert not op.is_faster(x, weight) and not op.chains(x, weight)
             layer(x)
-    assert torch.equal(linear(x, weight), linear(x, weight, backend="reference"))
-    with pytest.raises(
-        fer_kernels.dispatch.BackendError, match="linear: backend 'cpu' cannot take this call"
-    ):
-        linear(x, weight, backend="cpu")
+    assert op.is_faster(x, weight) == op.chains(x, weight) == ("cpu" in BACKENDS)
+    monkeypatch.setattr(extension, "FAST_PRODUCTS", "amx")
+    assert not op.chains(x, weight)
+    monkeypatch.setattr(extension, "FAST_PRODUCTS", None)
+    assert not op.is_faster(x, weight)
+
+
+@pytest.mark.parametrize(
+    "shape", [(700, 70, 100, 1, False, True), (333, 20, 40, 4, True, False), (30, 9, 5, 1)]
+)
+def test_every_instruction_set(cpu_isas, shape):
+    for isa in cpu_isas.supported_isas():
+        cpu_isas.set_isa(isa)
+        check(Problem(*shape), "cpu")
 
 
 @pytest.mark.parametrize(

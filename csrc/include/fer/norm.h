@@ -41,6 +41,7 @@ struct NormBackward : NormCall {
   void* dx;         // (rows, C)
   void* dresidual;  // (rows, C), or null: not wanted, or the gradient itself
   void *dweight, *dbias;
+  void *dmean, *dvar;  // (C), where the statistics are an input like any other; else null
 };
 
 }  // namespace fer
