@@ -12,6 +12,7 @@ from .conv import (
     RelationConv,
     SAGEConv,
     create_conv,
+    hooked,
     interleave,
 )
 from .graph import DilatedKnnGraph, RelativePosition, relative_position_table
@@ -34,6 +35,7 @@ __all__ = [
     "SAGEConv",
     "create_conv",
     "drop_schedule",
+    "hooked",
     "interleave",
     "norm_act",
     "norm_act_maps",

@@ -9,19 +9,21 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import checks, dispatch
-from ..linear.op import is_faster, linear
+from ..linear.op import RowNorm, chains, is_faster, linear, normed_linear
 from ..linear.reference import interleave
+from ..norm.op import batch_norm_act, track, with_shift
 from ..relation.op import MAX_NEIGHBOURS, relation_aggregate, reverse_graph
 from ..relation.reference import neighbours
 from .graph import check_grid
-from .norm import apart, fused, fuses, joined
+from .norm import apart, fused, fuses, joined, name_of
 
 Norm = str | Callable[[int], nn.Module] | None
 Act = str | Callable[[], nn.Module] | None
@@ -30,7 +32,7 @@ Act = str | Callable[[], nn.Module] | None
 # the copies that bring every group's columns together for a batched product, up to this width of a group:
 # forward and backward of 3,136 nodes took 0.5 of the time at C = 192, 0.8 at C = 320 and 1.1 at C = 400.
 TILED_WIDTH = 160
-_TILES = torch.cpu._is_amx_tile_supported()
+_TILES = torch.cpu._is_amx_tile_supported()  # torch multiplies here, not this package: so torch is asked
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 _ACTS: dict[str, Callable[[], nn.Module]] = {
@@ -128,6 +130,36 @@ def _batched_product(x: Tensor, weight: Tensor, added: Tensor | None, groups: in
     return torch.baddbmm(added.view(groups, 1, -1) if added.dim() == 1 else added, rows, weight)
 
 
+class Unfinished(NamedTuple):
+    """What a `Projection` leaves to the one that takes it: a product, and its norm and activation, which are
+    then done as its rows are fetched for the next product."""
+
+    y: Tensor  # (B, ..., C)
+    norm: RowNorm
+
+    def finished(self, residual: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
+        rows, norm = self.y.flatten(0, -2), self.norm
+        y = batch_norm_act(
+            rows,
+            norm.weight,
+            norm.bias,
+            act=norm.act,
+            residual=None if residual is None else residual.reshape(rows.shape).to(rows.dtype),
+            gain=gain,
+            statistics=(norm.mean, norm.var),
+            eps=norm.eps,
+        )
+        return y.reshape(self.y.shape)
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether anybody looks at what goes in or out of these: then it is nodes, and nothing is unfinished."""
+    if torch.compiler.is_compiling():  # which leaves products to torch, and need not look into hooks
+        return True
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return _has_any_global_hook() or any(getattr(module, kind) for module in modules for kind in kinds)
+
+
 class Projection(nn.Module):
     """act(norm(grouped linear)): ViG's BasicConv on (..., C_in), with the norm over channels of all rows.
 
@@ -158,22 +190,33 @@ class Projection(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Unfinished,
         m: Tensor | None = None,
         also: Tensor | None = None,
         *,
         residual: Tensor | None = None,
         gain: Tensor | None = None,
-    ) -> Tensor:
+        unfinished: bool = False,
+    ) -> Any:
         """act(gain * norm(linear(x) + also) + residual), what is None left out.
 
         Args:
-            x: (B, ..., C_in), or with m (B, ..., C_in / 2).
+            x: (B, ..., C_in), or with m (B, ..., C_in / 2); or what another projection left unfinished.
             m: as x; what is projected is `interleave(x, m)`.
             also, residual: (B, ..., C_out).
             gain: (B), such as `DropPath.draw` makes; has no gradient.
+            unfinished: leave norm and activation to the projection that takes the result, where that is
+                as fast, and holds less.
+
+        Returns:
+            (B, ..., C_out), or an `Unfinished`.
         """
         linear = self.linear
+        left = self._chained(x, m) if also is None else None
+        if left is not None:
+            return left if unfinished and not hooked(self) else left.finished(residual, gain)
+        if isinstance(x, Unfinished):
+            x = x.finished()
         if self._folds(x):
             scale, weight, bias = self._folded()
             x = grouped_linear(x, m, weight, bias, linear.groups)
@@ -189,6 +232,26 @@ class Projection(nn.Module):
         if in_one:
             return fused(self.norm, self.act, x, residual, gain, shift=linear.bias)
         return apart(self.norm, self.act, x, residual, gain)
+
+    def _chained(self, x: Tensor | Unfinished, m: Tensor | None) -> Unfinished | None:
+        """The product with its statistics, where that is faster; else nothing."""
+        linear, norm = self.linear, None
+        nodes = x.y if isinstance(x, Unfinished) else x
+        if not (chains(nodes, linear.weight) and fuses(self.norm, self.act, nodes)):
+            return None
+        if isinstance(x, Unfinished):
+            norm = x.norm
+        if m is not None and (norm or m.dtype != nodes.dtype or nodes.shape[-1] % linear.groups):
+            return None
+        rows, of_m = nodes.flatten(0, -2), None if m is None else m.flatten(0, -2)
+        y, mean, var = normed_linear(rows, linear.weight, norm=norm, m=of_m, groups=linear.groups)
+        tracked: Any = self.norm
+        if tracked.num_batches_tracked is not None:
+            tracked.num_batches_tracked.add_(1)
+        track(tracked.running_mean, tracked.running_var, tracked.momentum, mean, var, len(rows), linear.bias)
+        bias = with_shift(tracked.bias, linear.bias)
+        of_y = RowNorm(mean, var, tracked.weight, bias, tracked.eps, name_of(self.act))
+        return Unfinished(y.reshape(*nodes.shape[:-1], -1), of_y)
 
     def _folds(self, x: Tensor) -> bool:
         """Whether the norm is a fixed scale and shift that is cheaper in the weights: on a CPU, where a pass
@@ -296,20 +359,28 @@ class MaxRelativeConv(_GraphConv):
         self.projection = self._project(2 * in_channels, out_channels, groups, bias=bias, norm=norm, act=act)
 
     def forward(
-        self, x: Tensor, idx: Tensor, y: Tensor | None = None, *, reverse: Tensor | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        idx: Tensor,
+        y: Tensor | None = None,
+        *,
+        reverse: Tensor | None = None,
+        unfinished: bool = False,
+    ) -> Any:
         """
         Args:
             x: nodes (B, N, C).
             idx: neighbours (B, N, k) into y, from `DilatedKnnGraph`.
             y: keys (B, M, C); None takes x.
             reverse: `fer_kernels.reverse_graph(idx, M)`, where several layers share one graph on a GPU.
+            unfinished: as of the `Projection`.
 
         Returns:
-            (B, N, out_channels)
+            (B, N, out_channels), or an `Unfinished`.
         """
         idx, _ = self._checked(x, idx, y, values=False)
-        return self.projection(x, relation_aggregate(x, idx, y, mode="mr", reverse=reverse))
+        m = relation_aggregate(x, idx, y, mode="mr", reverse=reverse)
+        return self.projection(x, m, unfinished=unfinished)
 
 
 class RelationConv(_GraphConv):
@@ -419,6 +490,7 @@ class RelationConv(_GraphConv):
         grid: tuple[int, int] | None = None,
         return_weights: bool = False,
         reverse: Tensor | None = None,
+        unfinished: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """
         Args:
@@ -430,17 +502,18 @@ class RelationConv(_GraphConv):
             return_weights: also return α (B, N, k, H), or for "gate" the gates 2 σ(g), (B, N, k, C or H).
             reverse: `fer_kernels.reverse_graph(idx, M)`, where several layers share one graph on a GPU.
                 "both" makes its own for its two aggregations.
+            unfinished: as of the `Projection`.
 
         Returns:
-            (B, N, out_channels), and the weights where asked for.
+            (B, N, out_channels), or an `Unfinished`, and the weights where asked for.
         """
         here = type(self).__name__
         checks.a_bool(here, "return_weights", return_weights)
         plain = self.conv == "gate" or self.features == "diff+dist"
         idx, keys = self._checked(x, idx, y, values=plain)
         w_a, w_b = self.relation.weight.chunk(2, 1)
-        p = F.linear(x, w_a - w_b, self.relation.bias).to(x.dtype)  # autocast may make these
-        q = F.linear(keys, w_b).to(x.dtype)  # of another dtype than x
+        p = grouped_linear(x, None, w_a - w_b, self.relation.bias, 1).to(x.dtype)  # autocast may make these
+        q = grouped_linear(keys, None, w_b, None, 1).to(x.dtype)  # of another dtype than x
         if self.features == "diff+pos":
             of_x, of_y = _places(x.shape[1], keys.shape[1], grid, self.position)
             p = p - F.linear(of_x, self.position).to(x.dtype)
@@ -470,7 +543,7 @@ class RelationConv(_GraphConv):
         if self.conv == "both":
             also = self.sum_projection(m)
             m = relation_aggregate(x, idx, y, mode="mr", reverse=reverse)
-        out = self.projection(x, m, also)
+        out = self.projection(x, m, also, unfinished=unfinished)
         return (out, weights) if return_weights else out
 
     def _plain(self, x: Tensor, idx: Tensor, keys: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -649,6 +722,7 @@ class DynamicGraphConv(nn.Module):
         generator: torch.Generator | None = None,
         return_graph: bool = False,
         return_weights: bool = False,
+        unfinished: bool = False,
     ) -> Tensor | tuple[Tensor, ...]:
         """
         Args:
@@ -657,19 +731,23 @@ class DynamicGraphConv(nn.Module):
             grid, generator: for the graph, see `DilatedKnnGraph`; the grid for relation="diff+pos" too.
             return_graph: also return idx.
             return_weights: also return the convolution's weights, from a `RelationConv`.
+            unfinished: as of the `Projection`, for convolutions that end with one.
 
         Returns:
-            nodes (B, N, out_channels), then idx (B, N, k) and the weights where asked for, in this order.
+            nodes (B, N, out_channels), or an `Unfinished`, then idx (B, N, k) and the weights where asked
+            for, in this order.
         """
         checks.a_bool(type(self).__name__, "return_graph", return_graph)
         idx = self.dynamic_graph(x, y, grid=grid, generator=generator)
-        places: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if isinstance(self.conv, RelationConv) and self.conv.features == "diff+pos":
-            places = {"grid": grid}
+            options["grid"] = grid
+        if type(self.conv) in (MaxRelativeConv, RelationConv):  # a subclass may not know it
+            options["unfinished"] = unfinished and not hooked(self, self.conv)
         if return_weights:
-            nodes, weights = self.conv(x, idx, y, return_weights=True, **places)
+            nodes, weights = self.conv(x, idx, y, return_weights=True, **options)
             return (nodes, idx, weights) if return_graph else (nodes, weights)
-        nodes = self.conv(x, idx, y, **places)
+        nodes = self.conv(x, idx, y, **options)
         return (nodes, idx) if return_graph else nodes
 
 

@@ -20,6 +20,11 @@ def fuses(norm: nn.Module, act: nn.Module | None, x: Tensor) -> bool:
     return learns and known and x.numel() > x.shape[-1] > 0 and op.OPERATOR.has_kernel(x)
 
 
+def name_of(act: nn.Module | None) -> str | None:
+    """The operators' name of an activation that `fuses`."""
+    return {nn.ReLU: "relu", nn.GELU: "gelu"}.get(type(act))  # type: ignore[call-overload]
+
+
 def norm_act(
     norm: nn.Module,
     act: nn.Module | None,
@@ -60,7 +65,7 @@ def fused(
         rows,
         batch_norm.weight,
         batch_norm.bias,
-        act={nn.ReLU: "relu", nn.GELU: "gelu"}.get(type(act)),  # type: ignore[call-overload]
+        act=name_of(act),
         residual=residual,
         gain=gain,
         shift=shift,

@@ -16,6 +16,7 @@ from fer_kernels.nn import (
     Projection,
     RelativePosition,
     create_conv,
+    hooked,
 )
 
 from .stem import map_of, nodes_of
@@ -104,7 +105,14 @@ class Grapher(nn.Module):
         nodes, keys = self.fc1(x), None
         if self.reduction > 1:
             keys = nodes_of(F.avg_pool2d(map_of(nodes, grid), self.reduction))
-        found: Any = self.graph_conv(nodes, keys, grid=grid, return_graph=True, return_weights=weights)
+        found: Any = self.graph_conv(
+            nodes,
+            keys,
+            grid=grid,
+            return_graph=True,
+            return_weights=weights,
+            unfinished=not hooked(self.fc2),
+        )
         nodes = self.fc2(found[0], residual=x, gain=self.drop_path.draw(x))
         return nodes, found[1], found[2] if weights else None
 
@@ -119,7 +127,8 @@ class FFN(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x), residual=x, gain=self.drop_path.draw(x))
+        hidden = self.fc1(x, unfinished=not hooked(self.fc2))
+        return self.fc2(hidden, residual=x, gain=self.drop_path.draw(x))
 
 
 class Block(nn.Module):
