@@ -2,8 +2,9 @@
 
 Any ``fer_kernels/OPERATOR/triton.py`` names its kernels in ``aot_cases(capability)``. What each may cost
 stands in triton_budget.json, which a person reviews: registers a thread (rounded up to a multiple of 8)
-and bytes of stack, the larger of Triton 3.6 and 3.9. These kernels have no arrays of their own on the stack,
-so what lies there was spilled. Shared memory need only fit.
+and bytes of stack, the larger of Triton 3.6 and 3.9, and what more another Triton takes under its own name.
+These kernels have no arrays of their own on the stack, so what lies there was spilled. Shared memory need
+only fit.
 """
 
 import importlib
@@ -31,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 BUDGET = json.loads(Path(__file__).with_name("triton_budget.json").read_text())
+OF_THIS_TRITON = BUDGET.get("triton " + ".".join(triton.__version__.split(".")[:2]), {})
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 CAPABILITIES = (80, 90)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # what a block can have
@@ -109,7 +111,7 @@ def test_budget_lists_every_case_and_no_other(capability):
     ids=lambda value: f"sm_{value}" if isinstance(value, int) else value,
 )
 def test_compiles_within_budget(capability, name, usages):
-    allowed = BUDGET[f"sm_{capability}"].get(name)
+    allowed = OF_THIS_TRITON.get(f"sm_{capability}", {}).get(name) or BUDGET[f"sm_{capability}"].get(name)
     assert allowed is not None, f"no budget for {name!r} on sm_{capability}"
     registers, spilled, shared = usages[capability, name].result()
     assert spilled <= allowed["spilled_bytes"] and registers <= allowed["registers"], (
