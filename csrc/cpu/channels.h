@@ -124,6 +124,15 @@ inline Vec<double> gelu_slope(Vec<double> z) {
 
 // ---- sums over rows ----
 
+// Four rows of a chunk at a time, so that what belongs to a channel is loaded once for four: f(r, four), then
+// for the rows left over f(r, one).
+template <class F>
+inline void by_fours(int64_t begin, int64_t end, F f) {
+  int64_t r = begin;
+  for (; r + 4 <= end; r += 4) f(r, std::integral_constant<int, 4>{});
+  for (; r < end; ++r) f(r, std::integral_constant<int, 1>{});
+}
+
 inline Buffer<double> zeros(int64_t count) {
   Buffer<double> made = allocate<double>(count);
   std::fill_n(made.get(), count, 0.0);
@@ -147,6 +156,16 @@ void merge_stats(int64_t rows, int64_t chunk_rows, int64_t channels, const doubl
   for (int64_t c = 0; c < channels; ++c) {
     mean_of_all[c] = static_cast<A>(mean[c]);
     var_of_all[c] = static_cast<A>(square[c] / static_cast<double>(rows));
+  }
+}
+
+// f(act), as a constant.
+template <class F>
+inline void with_activation(NormAct act, F f) {
+  switch (act) {
+    case NormAct::none: return f(std::integral_constant<NormAct, NormAct::none>{});
+    case NormAct::relu: return f(std::integral_constant<NormAct, NormAct::relu>{});
+    case NormAct::gelu: return f(std::integral_constant<NormAct, NormAct::gelu>{});
   }
 }
 

@@ -25,41 +25,32 @@ constexpr int kLane = kLanes<float>, kWide = 2 * kLane;
 constexpr int64_t kDeep = 192;              // terms of a stretch: with them, a tile's operands fit the innermost cache
 constexpr int64_t kPitch = kDeep + 16;      // of packed rows: not a power of two, whose lines would share cache sets
 constexpr int64_t kChunk = 8 * kRows;       // rows that a panel of a weight meets while it is in the cache
-constexpr int64_t kBlock = 128;             // rows of a weight's gradient at once
-constexpr int64_t kPanels = 12;             // panels of a weight's gradient at once
+constexpr int64_t kPackRows = 16;           // rows packed at once, a vector of columns after the other
+constexpr int64_t kBlock = 200;             // rows of a weight's gradient at once: as kDeep
+constexpr int64_t kPanels = 12, kTiles = 18;    // panels and tiles of a weight's gradient at once: as much as L2 holds
 constexpr int64_t kPartRows = 784, kParts = 8;  // of a weight's gradient: most rows of a part, up to so many parts
 
-// ---- columns of x and m, or of y ----
+// ---- columns of x and m, or of y's gradient ----
 
 // `width` columns of one tensor, and as many of a second, where there is one.
-template <class Float>
 struct Columns {
-  Float *x, *m;
+  const float *x, *m;
   int64_t width, pitch;
-
-  int64_t panels_of_one() const { return (width + kWide - 1) / kWide; }
-  int64_t panels() const { return panels_of_one() * (m ? 2 : 1); }
-  // Panel p's first column, and how many columns it has: no panel lies in both tensors.
-  Float* panel(int64_t p, int* columns) const {
-    const int64_t at = p % panels_of_one() * kWide;
-    *columns = static_cast<int>(std::min<int64_t>(kWide, width - at));
-    return (p < panels_of_one() ? x : m) + at;
-  }
 };
 
-// Group g's columns of x and m, or their gradients, and of y or its gradient.
-template <class Float>
-Columns<Float> inputs(const LinearCall& call, Float* x, Float* m, int64_t g) {
-  return {x + g * call.in, m ? m + g * call.in : nullptr, call.in, call.groups * call.in};
+// Group g's columns of x and m, and of y or its gradient.
+inline Columns inputs(const LinearCall& call, int64_t g) {
+  return {call.x + g * call.in, call.m ? call.m + g * call.in : nullptr, call.in, call.groups * call.in};
 }
-template <class Float>
-Columns<Float> outputs(const LinearCall& call, Float* y, int64_t g) {
+inline Columns outputs(const LinearCall& call, const float* y, int64_t g) {
   return {y + g * call.out, nullptr, call.out, call.groups * call.out};
 }
 
 // Stretches of a sum of `terms`, and how long each is: about the same.
 inline int64_t stretches(int64_t terms) { return (terms + kDeep - 1) / kDeep; }
 inline int64_t stretch(int64_t terms) { return (terms + stretches(terms) - 1) / stretches(terms); }
+
+inline int64_t tiles_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
 
 // f(rows, columns), both as constants, for a tile of up to kRows rows and one or two vectors of columns.
 template <class F>
@@ -76,9 +67,20 @@ inline void with_tile(int64_t rows, int columns, F f) {
 
 // ---- packing ----
 
-// `to` has room for a whole last vector, here and wherever rows are packed: a store under a mask takes longer.
-inline void copy_row(const float* from, int64_t count, float* to) {
-  for_channels<float>(count, [&](int64_t c, auto part) { store(to + c, load_lanes<float>(from + c, part)); });
+// `rows` rows of `count` columns to `to`, rows `pitch` apart: from(c) has what belongs to columns from c on, and
+// from(c)(r, part) makes those of row r. There is room for a whole last vector of a row: a store under a mask
+// takes longer.
+template <class From>
+inline void pack_block(int64_t rows, int64_t count, float* to, int64_t pitch, From from) {
+  for_channels<float>(count, [&](int64_t c, auto part) {
+    const auto row = from(c);
+    for (int64_t r = 0; r < rows; ++r) store(to + r * pitch + c, row(r, part));
+  });
+}
+inline void copy_block(const float* from, int64_t from_pitch, int64_t rows, int64_t count, float* to, int64_t pitch) {
+  pack_block(rows, count, to, pitch, [&](int64_t c) {
+    return [=](int64_t r, auto part) { return load_lanes<float>(from + r * from_pitch + c, part); };
+  });
 }
 
 // A weight's panel for y, [input][output of the panel], or (transposed) for dx, [output][input of the panel].
@@ -92,7 +94,7 @@ void pack_panel(const LinearCall& call, bool transposed, int64_t group, int64_t 
     for (int64_t o = 0; o < call.out; ++o) {
       const float* row = weight + o * width + at * call.sides + side;
       if (call.sides == 1)
-        copy_row(row, columns, packed + o * kWide);
+        copy_block(row, 0, 1, columns, packed + o * kWide, 0);
       else
         for (int64_t c = 0; c < columns; ++c) packed[o * kWide + c] = row[2 * c];
     }
@@ -115,34 +117,37 @@ void pack_panel(const LinearCall& call, bool transposed, int64_t group, int64_t 
 
 // ---- memory that is needed next ----
 
-// Rows of a tensor, fetched a few lines at a time while tiles are multiplied: packing would wait for cold memory.
+// Rows of a tensor, fetched a few at a time while tiles are multiplied: packing would wait for cold memory. What
+// is fetched has to take few instructions, or the tile that follows waits for those.
 struct Ahead {
   const char* row = nullptr;
-  int64_t pitch = 0, lines = 0, rows = 0, each = 0, line = 0;
+  int64_t pitch = 0, bytes = 0, rows = 0, each = 0;
 
   Ahead() = default;
   // `rows` rows of `width` numbers, within `times` calls of fetch().
   Ahead(const float* first, int64_t pitch, int64_t width, int64_t rows, int64_t times)
-      : row(reinterpret_cast<const char*>(first)), pitch(4 * pitch), lines((width + 15) / 16), rows(width > 0 ? rows : 0) {
-    each = (lines * rows + times - 1) / times;
-  }
+      : row(reinterpret_cast<const char*>(first)), pitch(4 * pitch), bytes(4 * width), rows(rows), each((rows + times - 1) / times) {}
   void fetch() {
-    for (int64_t i = 0; i < each && rows > 0; ++i) {
-      __builtin_prefetch(row + 64 * line, 0, 2);
-      if (++line == lines) line = 0, row += pitch, --rows;
-    }
+    const int64_t now = std::min(each, rows);
+    rows -= now;
+    for (int64_t i = 0; i < now; ++i, row += pitch)
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
   }
 };
 
-// ---- rows, as a product takes them: copy(r, from, count, to) writes terms [from, from + count) of row r, and
-// ahead(r, rows, from, count, times) is the memory that this reads for `rows` rows ----
+// ---- rows, as a product takes them: pack(r, rows, from, count, to, pitch) writes terms [from, from + count) of
+// `rows` rows from r on, and ahead(r, rows, from, count, times) is the memory that this reads ----
 
 struct Plain {
-  Columns<const float> of;
-  void copy(int64_t r, int64_t from, int64_t count, float* to) const {
-    const int64_t of_x = std::clamp<int64_t>(of.width - from, 0, count);
-    if (of_x) copy_row(of.x + r * of.pitch + from, of_x, to);
-    if (of_x < count) copy_row(of.m + r * of.pitch + from + of_x - of.width, count - of_x, to + of_x);
+  Columns of;
+  void pack(int64_t r, int64_t rows, int64_t from, int64_t count, float* to, int64_t pitch) const {
+    const int64_t of_x = std::clamp<int64_t>(of.width - from, 0, count), of_m = count - of_x, at = r * of.pitch + from;
+    // m's last vector may reach into the next row, and then has to be there before that row is.
+    const int64_t each = of_x && of_x + (of_m + kLane - 1) / kLane * kLane > pitch ? 1 : rows;
+    for (int64_t row = 0; row < rows; row += each) {
+      if (of_x) copy_block(of.x + at + row * of.pitch, of.pitch, each, of_x, to + row * pitch, pitch);
+      if (of_m) copy_block(of.m + at + row * of.pitch + of_x - of.width, of.pitch, each, of_m, to + row * pitch + of_x, pitch);
+    }
   }
   std::array<Ahead, 2> ahead(int64_t r, int64_t rows, int64_t from, int64_t count, int64_t times) const {
     const int64_t of_x = std::clamp<int64_t>(of.width - from, 0, count);
@@ -154,17 +159,23 @@ struct Plain {
 // A group's part of a channel's constants: norm = (x - mean) * scale + shift.
 struct Constants {
   const float *mean, *scale, *shift;
+  auto from(int64_t c) const {
+    return [mean = load(mean + c), scale = load(scale + c), shift = load(shift + c)](Vec<float> x) {
+      return (x - mean) * scale + shift;
+    };
+  }
 };
 
 template <NormAct act>
 struct Normed {
-  Columns<const float> of;
+  Columns of;
   Constants by;
-  void copy(int64_t r, int64_t from, int64_t count, float* to) const {
-    const float* row = of.x + r * of.pitch + from;
-    for_channels<float>(count, [&](int64_t c, auto part) {
-      const Vec<float> mean = load(by.mean + from + c), scale = load(by.scale + from + c), shift = load(by.shift + from + c);
-      store(to + c, activate<act>((load_lanes<float>(row + c, part) - mean) * scale + shift));
+  void pack(int64_t r, int64_t rows, int64_t from, int64_t count, float* to, int64_t pitch) const {
+    const float* x = of.x + r * of.pitch + from;
+    pack_block(rows, count, to, pitch, [&](int64_t c) {
+      return [=, norm = by.from(from + c), step = of.pitch](int64_t row, auto part) {
+        return activate<act>(norm(load_lanes<float>(x + row * step + c, part)));
+      };
     });
   }
   std::array<Ahead, 2> ahead(int64_t r, int64_t rows, int64_t from, int64_t count, int64_t times) const {
@@ -174,15 +185,15 @@ struct Normed {
 
 // y's gradient with what comes to it by way of y's statistics: dy + shift + scale * (y - mean).
 struct Tilted {
-  Columns<const float> grad;
+  Columns grad;
   const float* y;
   Constants by;
-  void copy(int64_t r, int64_t from, int64_t count, float* to) const {
-    const float *dy = grad.x + r * grad.pitch + from, *row = y + r * grad.pitch + from;
-    for_channels<float>(count, [&](int64_t c, auto part) {
-      const Vec<float> mean = load(by.mean + from + c), scale = load(by.scale + from + c), shift = load(by.shift + from + c);
-      const Vec<float> tilt = (load_lanes<float>(row + c, part) - mean) * scale + shift;
-      store(to + c, load_lanes<float>(dy + c, part) + tilt);
+  void pack(int64_t r, int64_t rows, int64_t from, int64_t count, float* to, int64_t pitch) const {
+    const int64_t first = r * grad.pitch + from;
+    pack_block(rows, count, to, pitch, [&](int64_t c) {
+      return [=, dy = grad.x + first + c, y = y + first + c, tilt = by.from(from + c), step = grad.pitch](int64_t row, auto part) {
+        return load_lanes<float>(dy + row * step, part) + tilt(load_lanes<float>(y + row * step, part));
+      };
     });
   }
   std::array<Ahead, 2> ahead(int64_t r, int64_t rows, int64_t from, int64_t count, int64_t times) const {
@@ -195,137 +206,161 @@ struct Tilted {
 template <class Rows>
 void pack_rows(const Rows& rows, int64_t terms, int64_t begin, int64_t end, float* packed) {
   const int64_t step = stretch(terms), size = stretches(terms) * kRows * kPitch;
-  for (int64_t r = begin; r < end; ++r) {
-    float* row = packed + (r - begin) / kRows * size + (r - begin) % kRows * kPitch;
-    for (int64_t from = 0; from < terms; from += step, row += kRows * kPitch)
-      rows.copy(r, from, std::min(step, terms - from), row);
-  }
+  for (int64_t r = begin; r < end; r += kRows, packed += size)
+    for (int64_t from = 0; from < terms; from += step)
+      rows.pack(r, std::min<int64_t>(kRows, end - r), from, std::min(step, terms - from),
+                packed + from / step * kRows * kPitch, kPitch);
 }
 
 // ---- products ----
 
-// Rows [0, rows) of a chunk, packed, times a panel, plus `added`, to `columns` columns of `to`. `sums` is scratch.
-// Meanwhile the memory of `next`, within panel_times() calls, is fetched.
-int64_t panel_times(int64_t terms, int64_t rows) { return stretches(terms) * ((rows + kRows - 1) / kRows); }
-void panel_product(const float* left, const float* panel, int64_t terms, int64_t rows, int columns, const float* added,
-                   float* to, int64_t pitch, float* sums, Ahead (&next)[3]) {
-  const int64_t step = stretch(terms), size = stretches(terms) * kRows * kPitch;
-  for (int64_t from = 0; from < terms; from += step)
-    for (int64_t r = 0; r < rows; r += kRows) {
-      for (Ahead& memory : next) memory.fetch();
-      with_tile(std::min<int64_t>(kRows, rows - r), columns, [&](auto height, auto vectors) {
-        float *so_far = sums + r * kWide, *row = to + r * pitch;
-        const auto product = [&](auto done) {
-          product_tile<float, height(), vectors(), kPitch, 1>(
-              left + r / kRows * size + from / step * kRows * kPitch, panel + from * kWide, kWide,
-              std::min(step, terms - from), nullptr, done);
-        };
-        const auto keep = [&](int i, int v, Vec<float> sum) {
-          float* at = so_far + i * kWide + v * kLane;
-          store(at, from == 0 ? sum : load(at) + sum);
-        };
-        if (from + step < terms) return product(keep);
-        product([&](int i, int v, Vec<float> sum) {
-          sum += load(added + v * kLane);
-          if (from != 0) sum += load(so_far + i * kWide + v * kLane);
-          float* at = row + i * pitch + v * kLane;
-          const int left_over = columns - v * kLane;
-          left_over >= kLane ? store_lanes<float>(at, sum, Whole{}) : store_lanes<float>(at, sum, left_over);
-        });
+// A tile of `height` rows by a panel's columns, over `terms` terms of both, packed, the left side's kRow and kStep
+// apart: to `to`, instead of what is there or added to it.
+template <int kRow, int kStep>
+void tile_sums(bool fresh, const float* left, const float* right, int64_t terms, int64_t height, int columns, float* to,
+               int64_t pitch) {
+  with_tile(height, columns, [&](auto height, auto vectors) {
+    const auto product = [&](auto take) {
+      product_tile<float, height(), vectors(), kRow, kStep>(left, right, kWide, terms, nullptr, take);
+    };
+    float* const sums = to;
+    if (fresh)
+      product([&](int i, int v, Vec<float> sum) { store(sums + i * pitch + v * kLane, sum); });
+    else
+      product([&](int i, int v, Vec<float> sum) {
+        float* at = sums + i * pitch + v * kLane;
+        store(at, load(at) + sum);
       });
-    }
+  });
 }
 
-// Rows [begin, end) of out(g) = in(g), of `terms` terms, times group g's packed weight, plus start(g), a number for
-// each column or null. finish(g, p, first, last) when rows [first, last) of panel p are there; it reads
-// finish_reads(g, p, first, rows, times).
-template <class In, class Out, class Start, class Reads, class Finish>
-void rows_product(int64_t groups, int64_t terms, In in, Out out, Start start, Reads finish_reads, Finish finish,
-                  const float* packed, int64_t begin, int64_t end) {
-  const int64_t panels = out(0).panels();
-  const Buffer<float> left = allocate<float>(kChunk * stretches(terms) * kPitch), sums = allocate<float>(kChunk * kWide);
+// What becomes of a panel's sums, a tile of rows after the other: they are written down, plus a number for each
+// column, where there is one. Nothing reads again what it wrote: such stores may wait for memory, and loads whose
+// addresses end in the same twelve bits, as rows' often do, for them.
+struct Written {
+  float* to;  // the panel's columns
+  int64_t pitch, columns;
+  const float* added = nullptr;
+
+  Ahead ahead(int64_t) const { return {}; }  // the memory that rows() reads, within so many calls of fetch()
+  void rows(int64_t begin, int64_t end, const float* sums) const {
+    for_channels<float>(columns, [&](int64_t at, auto part) {
+      const Vec<float> plus = added ? load_lanes<float>(added + at, part) : Vec<float>{};
+      for (int64_t r = begin; r < end; ++r) store_lanes<float>(to + r * pitch + at, load(sums + (r - begin) * kWide + at) + plus, part);
+    });
+  }
+  void all() const {}
+};
+
+// Rows [begin, end) of in(g), of `terms` terms, times the `panels` panels of group g's packed weight.
+// finish(g, p, first, last) is what becomes of rows [first, last) times panel p.
+template <class In, class Finish>
+void rows_product(int64_t groups, int64_t terms, int64_t panels, In in, Finish finish, const float* packed, int64_t begin,
+                  int64_t end) {
+  const int64_t step = stretch(terms), size = stretches(terms) * kRows * kPitch;
+  const Buffer<float> left = allocate<float>(kChunk / kRows * size), sums = allocate<float>(kChunk * kWide);
   for (int64_t first = begin; first < end; first += kChunk) {
     const int64_t last = std::min(end, first + kChunk);
     for (int64_t g = 0; g < groups; ++g) {
       pack_rows(in(g), terms, first, last, left.get());
-      const auto to = out(g);
-      const int64_t times = panel_times(terms, last - first);
+      const int64_t times = stretches(terms) * tiles_of(last - first);
       const bool same = g + 1 < groups;  // rows come next
       const int64_t later = same ? first : last, rows = (same ? last : std::min(end, last + kChunk)) - later;
       const auto inputs_ahead = in(same ? g + 1 : 0).ahead(later, rows, 0, terms, times * panels);
       Ahead next[3] = {inputs_ahead[0], inputs_ahead[1], {}};
       for (int64_t p = 0; p < panels; ++p) {
-        int columns;
-        float* column = to.panel(p, &columns);
-        alignas(64) float added[kWide] = {};
-        if (const float* numbers = start(g)) std::copy_n(numbers + p * kWide, columns, added);
-        next[2] = finish_reads(g, p, first, last - first, times);
-        panel_product(left.get(), packed + (g * panels + p) * terms * kWide, terms, last - first, columns, added,
-                      column + first * to.pitch, to.pitch, sums.get(), next);
-        finish(g, p, first, last);
+        auto finishing = finish(g, p, first, last);
+        next[2] = finishing.ahead(times);
+        const float* panel = packed + (g * panels + p) * terms * kWide;
+        for (int64_t from = 0; from < terms; from += step)
+          for (int64_t r = first; r < last; r += kRows) {
+            for (Ahead& memory : next) memory.fetch();
+            const int64_t until = std::min<int64_t>(last, r + kRows);
+            float* tile = sums.get() + (r - first) * kWide;
+            tile_sums<kPitch, 1>(from == 0, left.get() + (r - first) / kRows * size + from / step * kRows * kPitch,
+                                 panel + from * kWide, std::min(step, terms - from), until - r,
+                                 static_cast<int>(finishing.columns), tile, kWide);
+            if (from + step >= terms) finishing.rows(r, until, tile);
+          }
+        finishing.all();
       }
     }
   }
 }
 
-Ahead nothing(int64_t, int64_t, int64_t, int64_t, int64_t) { return {}; }
-
 // ---- the weight's gradient ----
 
-// Tiles of `count` results, of nearly the same height.
-inline int64_t tiles_of(int64_t count) { return (count + kRows - 1) / kRows; }
+// The first of `count` results that tile t of them has, where tiles are of nearly the same height.
 inline int64_t tile_begin(int64_t count, int64_t t) { return t * count / tiles_of(count); }
 
-// A tile of `height` results by a panel's `columns`, over packed rows, added to what is there.
-void add_product(const float* left, const float* right, int64_t rows, int64_t height, int columns, float* to, int64_t pitch) {
-  for (int64_t i = 0; i < height; ++i)
-    for (int v = 0; v < kWide; v += 16) __builtin_prefetch(to + i * pitch + v, 1, 3);
-  with_tile(height, columns, [&](auto height, auto vectors) {
-    product_tile<float, height(), vectors(), 1, kPackedRows>(left, right, kWide, rows, nullptr,
-                                                             [&](int i, int v, Vec<float> sum) {
-                                                               float* at = to + i * pitch + v * kLane;
-                                                               store(at, load(at) + sum);
-                                                             });
-  });
+// A weight's gradient is made a part of the rows at a time, and a part a unit of tiles of outputs and panels of
+// inputs at a time, x's inputs and m's side by side.
+int64_t part_rows(const LinearCall& call) {  // by the shape alone, so that sums have one order for any number of threads
+  const int64_t parts = std::clamp<int64_t>((call.rows + kPartRows - 1) / kPartRows, 1, kParts);
+  return std::max<int64_t>(1, (call.rows + parts - 1) / parts);
 }
+int64_t weight_panels(const LinearCall& call) { return (call.in * call.sides + kWide - 1) / kWide; }
 
-// gradᵀ x over rows [begin, end), for panels [from, to) of x's columns, added to sum (outputs, panels).
+struct WeightUnit {
+  int64_t part, group, begin, end;  // rows
+  int64_t from, to, top, bottom;    // panels, and tiles
+  WeightUnit(const LinearCall& call, int64_t unit) {
+    const int64_t panels = weight_panels(call), tiles = tiles_of(call.out);
+    const int64_t across = (panels + kPanels - 1) / kPanels, down = (tiles + kTiles - 1) / kTiles;
+    const int64_t p = unit % across, t = unit / across % down;
+    from = p * panels / across, to = (p + 1) * panels / across;
+    top = t * tiles / down, bottom = (t + 1) * tiles / down;
+    part = unit / (across * down), group = part % call.groups;
+    begin = part / call.groups * part_rows(call), end = std::min(call.rows, begin + part_rows(call));
+  }
+  int64_t first_output(int64_t out) const { return tile_begin(out, top); }
+  int64_t outputs(int64_t out) const { return tile_begin(out, bottom) - first_output(out); }
+};
+
+// Units [begin, end) of grad(g)ᵀ x(g).
 template <class X, class Grad>
-void weight_part(const X& x, const Columns<const float>& columns, const Grad& grad, int64_t out, int64_t begin, int64_t end,
-                 int64_t from, int64_t to, float* sum) {
+void weight_units(const LinearCall& call, X x, Grad grad, float* parts, int64_t begin, int64_t end) {
   // Blocks of a panel and of a tile; the lines beyond keep those of the next from sharing cache sets.
   constexpr int64_t kPanel = kBlock * kWide + 32, kTile = kBlock * kPackedRows + 16;
-  const int64_t tiles = tiles_of(out), pitch = columns.panels() * kWide;
-  const Buffer<float> left = allocate<float>(tiles * kTile), right = allocate<float>((to - from) * kPanel);
-  for (int64_t o = 0; o < out; ++o) std::fill_n(sum + o * pitch + from * kWide, (to - from) * kWide, 0.0f);
-  const auto width = [&](int64_t p) {
-    int count;
-    columns.panel(p, &count);
-    return count;
-  };
-  const auto term = [&](int64_t p) {
-    return p / columns.panels_of_one() * columns.width + p % columns.panels_of_one() * kWide;
-  };
-  for (int64_t first = begin; first < end; first += kBlock) {
-    const int64_t rows = std::min(kBlock, end - first);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t p = from; p < to; ++p)
-        x.copy(first + r, term(p), width(p), right.get() + (p - from) * kPanel + r * kWide);
-      for (int64_t t = 0; t < tiles; ++t)
-        grad.copy(first + r, tile_begin(out, t), tile_begin(out, t + 1) - tile_begin(out, t),
-                  left.get() + t * kTile + r * kPackedRows);
-    }
-    const int64_t later = std::min(end, first + kBlock), next = std::min(end, later + kBlock) - later;
-    const int64_t first_term = term(from), terms = term(to - 1) + width(to - 1) - first_term;
-    auto of_x = x.ahead(later, next, first_term, terms, (to - from) * tiles);
-    auto of_grad = grad.ahead(later, next, 0, out, (to - from) * tiles);
-    for (int64_t p = from; p < to; ++p)
-      for (int64_t t = 0; t < tiles; ++t) {
-        for (auto* memory : {&of_x[0], &of_x[1], &of_grad[0], &of_grad[1]}) memory->fetch();
-        const int64_t at = tile_begin(out, t);
-        add_product(left.get() + t * kTile, right.get() + (p - from) * kPanel, rows, tile_begin(out, t + 1) - at, width(p),
-                    sum + at * pitch + p * kWide, pitch);
+  const int64_t out = call.out, terms = call.in * call.sides, pitch = weight_panels(call) * kWide;
+  const Buffer<float> left = allocate<float>(kTiles * kTile), right = allocate<float>(kPanels * kPanel);
+  const auto width = [&](int64_t p) { return std::min<int64_t>(kWide, terms - p * kWide); };
+  const auto height = [&](int64_t t) { return tile_begin(out, t + 1) - tile_begin(out, t); };
+  for (int64_t u = begin; u < end; ++u) {
+    const WeightUnit unit(call, u);
+    const int64_t blocks = (unit.end - unit.begin + kBlock - 1) / kBlock, step = (unit.end - unit.begin + blocks - 1) / blocks;
+    for (int64_t first = unit.begin; first < unit.end; first += step) {
+      const int64_t last = std::min(unit.end, first + step);
+      const auto rows_of_x = x(unit.group);
+      const auto rows_of_grad = grad(unit.group);
+      for (int64_t r = first; r < last; r += kPackRows) {
+        const int64_t rows = std::min(kPackRows, last - r);
+        for (int64_t p = unit.from; p < unit.to; ++p)
+          rows_of_x.pack(r, rows, p * kWide, width(p), right.get() + (p - unit.from) * kPanel + (r - first) * kWide, kWide);
+        for (int64_t t = unit.top; t < unit.bottom; ++t)
+          rows_of_grad.pack(r, rows, tile_begin(out, t), height(t),
+                            left.get() + (t - unit.top) * kTile + (r - first) * kPackedRows, kPackedRows);
       }
+      // What is packed next, of this unit or of the one after it.
+      const bool same = last < unit.end;
+      const WeightUnit next = same || u + 1 == end ? unit : WeightUnit(call, u + 1);
+      const int64_t later = same ? last : next.begin, times = (unit.to - unit.from) * (unit.bottom - unit.top);
+      const int64_t rows = same || u + 1 < end ? std::min(next.end, later + step) - later : 0;
+      const int64_t at = next.from * kWide, count = std::min(next.to * kWide, terms) - at;
+      auto of_x = x(next.group).ahead(later, rows, at, count, times);
+      auto of_grad = grad(next.group).ahead(later, rows, next.first_output(out), next.outputs(out), times);
+      float* sums = parts + unit.part * out * pitch;
+      for (int64_t p = unit.from; p < unit.to; ++p)
+        for (int64_t t = unit.top; t < unit.bottom; ++t) {
+          for (auto* memory : {&of_x[0], &of_x[1], &of_grad[0], &of_grad[1]}) memory->fetch();
+          const bool fresh = first == unit.begin;
+          float* to = sums + tile_begin(out, t) * pitch + p * kWide;
+          for (int64_t i = 0; i < (fresh ? 0 : height(t)); ++i)
+            for (int v = 0; v < kWide; v += 16) __builtin_prefetch(to + i * pitch + v, 1, 3);
+          tile_sums<1, kPackedRows>(fresh, left.get() + (t - unit.top) * kTile, right.get() + (p - unit.from) * kPanel, last - first,
+                                    height(t), static_cast<int>(width(p)), to, pitch);
+        }
+    }
   }
 }
 
@@ -368,15 +403,10 @@ AllConstants tilt_of_y(const LinearBackward& call) {
 // f(rows of x) and f(rows of dy), whatever they are made of.
 template <class F>
 void with_x(const LinearCall& call, const AllConstants& norm, F f) {
-  const auto normed = [&](auto act) {
-    f([&](int64_t g) { return Normed<act()>{inputs(call, call.x, call.m, g), norm.of(g * call.in)}; });
-  };
-  if (!call.mean) return f([&](int64_t g) { return Plain{inputs(call, call.x, call.m, g)}; });
-  switch (call.act) {
-    case NormAct::none: return normed(std::integral_constant<NormAct, NormAct::none>{});
-    case NormAct::relu: return normed(std::integral_constant<NormAct, NormAct::relu>{});
-    case NormAct::gelu: return normed(std::integral_constant<NormAct, NormAct::gelu>{});
-  }
+  if (!call.mean) return f([&](int64_t g) { return Plain{inputs(call, g)}; });
+  with_activation(call.act, [&](auto act) {
+    f([&](int64_t g) { return Normed<act()>{inputs(call, g), norm.of(g * call.in)}; });
+  });
 }
 template <class F>
 void with_grad(const LinearBackward& call, const AllConstants& tilt, F f) {
@@ -386,56 +416,89 @@ void with_grad(const LinearBackward& call, const AllConstants& tilt, F f) {
     f([&](int64_t g) { return Plain{outputs(call, call.grad, g)}; });
 }
 
-// A chunk's mean and squared differences from it, of channels [c, c + columns): as norm.cpp takes them, as
-// differences from the mean of its first rows.
-void part_of_stats(const LinearForward& call, int64_t c, int columns, int64_t first, int64_t last) {
-  const int64_t channels = call.groups * call.out, few = std::min<int64_t>(8, last - first);
-  double* to = call.parts + first / kChunk * 2 * channels + c;
-  for_channels<float>(columns, [&](int64_t at, auto part) {
-    const float* y = call.y + first * channels + c + at;
-    Vec<float> centre{}, sum{}, square{};
-    for (int64_t r = 0; r < few; ++r) centre += load_lanes<float>(y + r * channels, part);
-    centre /= splat(static_cast<float>(few));
-    for (int64_t r = 0; r < last - first; ++r) {
-      const Vec<float> d = load_lanes<float>(y + r * channels, part) - centre;
-      sum += d;
-      square += d * d;
-    }
-    for (int l = 0; l < std::min<int64_t>(kLane, columns - at); ++l) {
-      const double mean = static_cast<double>(sum[l]) / static_cast<double>(last - first);
-      to[at + l] = centre[l] + mean;
-      to[channels + at + l] = std::max(square[l] - sum[l] * mean, 0.0);  // a NaN stays
-    }
-  });
-}
+// Four sums, each of every fourth row: one alone would wait for its own last addition.
+struct Sums {
+  Vec<float> of[4] = {};
+  Vec<float> total() const { return (of[0] + of[1]) + (of[2] + of[3]); }
+};
 
-// What is the gradient of the normed and activated x becomes that of x alone, mean and variance apart; and the
-// chunk's sums of the norm's gradient, and of that times x - mean.
+// A panel of y is written down, and the chunk's mean and squared differences from it are taken: as norm.cpp takes
+// them, as differences from the mean of its first rows.
+struct Stats {
+  const LinearForward& call;
+  int64_t c, columns, first, last;  // the panel's channels, and the chunk's rows
+  Vec<float> centre[2] = {}, sum[2] = {}, square[2] = {};
+
+  int64_t channels() const { return call.groups * call.out; }
+  Ahead ahead(int64_t) const { return {}; }
+  void rows(int64_t begin, int64_t end, const float* sums) {
+    for_channels<float>(columns, [&](int64_t at, auto part) {
+      const int64_t v = at / kLane;
+      const auto load_row = [&](int64_t r) { return load(sums + (r - begin) * kWide + at); };
+      if (begin == first) {
+        const int64_t few = std::min<int64_t>(8, end - begin);
+        for (int64_t r = 0; r < few; ++r) centre[v] += load_row(begin + r);
+        centre[v] /= splat(static_cast<float>(few));
+      }
+      Sums s, q;
+      by_fours(begin, end, [&](int64_t r, auto count) {
+        for (int i = 0; i < count; ++i) {
+          const Vec<float> y = load_row(r + i), d = y - centre[v];
+          store_lanes<float>(call.y + (r + i) * channels() + c + at, y, part);
+          s.of[i] += d;
+          q.of[i] += d * d;
+        }
+      });
+      sum[v] += s.total();
+      square[v] += q.total();
+    });
+  }
+  void all() const {
+    double* to = call.parts + first / kChunk * 2 * channels() + c;
+    for (int64_t i = 0; i < columns; ++i) {
+      const double s = sum[i / kLane][i % kLane], mean = s / static_cast<double>(last - first);
+      to[i] = centre[i / kLane][i % kLane] + mean;
+      to[channels() + i] = std::max(square[i / kLane][i % kLane] - s * mean, 0.0);  // a NaN stays
+    }
+  }
+};
+
+// A panel of dx: what is the gradient of the normed and activated x becomes that of x alone, mean and variance
+// apart; and the chunk's sums of the norm's gradient, and of that times x - mean.
 template <NormAct act>
-void part_of_slopes(const LinearBackward& call, const Constants& by, int64_t c, int columns, int64_t first, int64_t last) {
-  const int64_t channels = call.groups * call.in;
-  double* to = call.parts + first / kChunk * 2 * channels + c;
-  for_channels<float>(columns, [&](int64_t at, auto part) {
-    const float* x = call.x + first * channels + c + at;
-    float* dx = call.dx + first * channels + c + at;
-    const Vec<float> mean = load(by.mean + at), scale = load(by.scale + at), shift = load(by.shift + at);
-    Vec<float> sum{}, along{};
-    for (int64_t r = 0; r < last - first; ++r) {
-      const Vec<float> d = load_lanes<float>(x + r * channels, part) - mean;
-      const Vec<float> slope_here = slope<act>(load_lanes<float>(dx + r * channels, part), d * scale + shift);
-      sum += slope_here;
-      along += slope_here * d;
-      store_lanes<float>(dx + r * channels, slope_here * scale, part);
-    }
-    for (int l = 0; l < std::min<int64_t>(kLane, columns - at); ++l) to[at + l] = sum[l], to[channels + at + l] = along[l];
-  });
-}
+struct InputSlopes {
+  const LinearBackward& call;
+  Constants by;  // of the panel's channels
+  int64_t c, columns, first, last;
+  Vec<float> sum[2] = {}, along[2] = {};
 
-// Rows of a part of dweight: by the shape alone, so that sums have one order however many threads there are.
-int64_t part_rows(const LinearCall& call) {
-  const int64_t parts = std::clamp<int64_t>((call.rows + kPartRows - 1) / kPartRows, 1, kParts);
-  return std::max<int64_t>(1, (call.rows + parts - 1) / parts);
-}
+  int64_t channels() const { return call.groups * call.in; }
+  Ahead ahead(int64_t times) const { return {call.x + first * channels() + c, channels(), columns, last - first, times}; }
+  void rows(int64_t begin, int64_t end, const float* sums) {
+    for_channels<float>(columns, [&](int64_t at, auto part) {
+      const int64_t v = at / kLane;
+      const Vec<float> mean = load(by.mean + at), scale = load(by.scale + at), shift = load(by.shift + at);
+      Sums s, a;
+      by_fours(begin, end, [&](int64_t r, auto count) {
+        for (int i = 0; i < count; ++i) {
+          const int64_t where = (r + i) * channels() + c + at;
+          const Vec<float> d = load_lanes<float>(call.x + where, part) - mean;
+          const Vec<float> here = slope<act>(load(sums + (r + i - begin) * kWide + at), d * scale + shift);
+          s.of[i] += here;
+          a.of[i] += here * d;
+          store_lanes<float>(call.dx + where, here * scale, part);
+        }
+      });
+      sum[v] += s.total();
+      along[v] += a.total();
+    });
+  }
+  void all() const {
+    double* to = call.parts + first / kChunk * 2 * channels() + c;
+    for (int64_t i = 0; i < columns; ++i) to[i] = sum[i / kLane][i % kLane], to[channels() + i] = along[i / kLane][i % kLane];
+  }
+};
+
 int64_t panels_of(const LinearCall& call, bool transposed) {
   return transposed ? (call.in + kWide - 1) / kWide * call.sides : (call.out + kWide - 1) / kWide;
 }
@@ -460,14 +523,19 @@ int64_t linear_chunk() { return kChunk; }
 void linear(const LinearForward& call, const void* packed, int64_t begin, int64_t end) {
   const AllConstants norm = norm_of_x(call);
   with_x(call, norm, [&](auto x) {
-    rows_product(
-        call.groups, call.in * call.sides, x, [&](int64_t g) { return outputs(call, call.y, g); },
-        [&](int64_t g) { return call.bias ? call.bias + g * call.out : nullptr; }, nothing,
-        [&](int64_t g, int64_t p, int64_t first, int64_t last) {
-          const int columns = static_cast<int>(std::min<int64_t>(kWide, call.out - p * kWide));
-          if (call.y_mean) part_of_stats(call, g * call.out + p * kWide, columns, first, last);
-        },
-        static_cast<const float*>(packed), begin, end);
+    const auto run = [&](auto finish) {
+      rows_product(call.groups, call.in * call.sides, panels_of(call, false), x, finish, static_cast<const float*>(packed), begin, end);
+    };
+    const auto columns = [&](int64_t p) { return std::min<int64_t>(kWide, call.out - p * kWide); };
+    if (call.y_mean)
+      run([&](int64_t g, int64_t p, int64_t first, int64_t last) {
+        return Stats{call, g * call.out + p * kWide, columns(p), first, last};
+      });
+    else
+      run([&](int64_t g, int64_t p, int64_t, int64_t) {
+        const int64_t c = g * call.out + p * kWide;
+        return Written{call.y + c, call.groups * call.out, columns(p), call.bias ? call.bias + c : nullptr};
+      });
   });
 }
 
@@ -478,27 +546,20 @@ void linear_merge_stats(const LinearForward& call) {
 void linear_input_gradient(const LinearBackward& call, const void* packed, int64_t begin, int64_t end) {
   const AllConstants norm = norm_of_x(call), tilt = tilt_of_y(call);
   with_grad(call, tilt, [&](auto grad) {
-    const auto run = [&](auto reads, auto finish) {
-      rows_product(
-          call.groups, call.out, grad, [&](int64_t g) { return inputs(call, call.dx, call.dm, g); },
-          [](int64_t) { return static_cast<const float*>(nullptr); }, reads, finish, static_cast<const float*>(packed), begin, end);
+    const auto run = [&](auto finish) {
+      rows_product(call.groups, call.out, panels_of(call, true), grad, finish, static_cast<const float*>(packed), begin, end);
     };
-    const auto with = [&](auto act) {
-      const auto reads = [&](int64_t g, int64_t p, int64_t first, int64_t rows, int64_t times) {
-        const int64_t channels = call.groups * call.in, columns = std::min<int64_t>(kWide, call.in - p * kWide);
-        return Ahead(call.x + first * channels + g * call.in + p * kWide, channels, columns, rows, times);
-      };
-      run(reads, [&](int64_t g, int64_t p, int64_t first, int64_t last) {
-        const int64_t c = g * call.in + p * kWide;
-        part_of_slopes<act()>(call, norm.of(c), c, static_cast<int>(std::min<int64_t>(kWide, call.in - p * kWide)), first, last);
+    if (!call.mean)
+      return run([&](int64_t g, int64_t p, int64_t, int64_t) {
+        const int64_t side = p / (panels_of(call, true) / call.sides), at = p % (panels_of(call, true) / call.sides) * kWide;
+        return Written{(side ? call.dm : call.dx) + g * call.in + at, call.groups * call.in, std::min<int64_t>(kWide, call.in - at)};
       });
-    };
-    if (!call.mean) return run(nothing, [](int64_t, int64_t, int64_t, int64_t) {});
-    switch (call.act) {
-      case NormAct::none: return with(std::integral_constant<NormAct, NormAct::none>{});
-      case NormAct::relu: return with(std::integral_constant<NormAct, NormAct::relu>{});
-      case NormAct::gelu: return with(std::integral_constant<NormAct, NormAct::gelu>{});
-    }
+    with_activation(call.act, [&](auto act) {
+      run([&](int64_t g, int64_t p, int64_t first, int64_t last) {
+        const int64_t c = g * call.in + p * kWide;
+        return InputSlopes<act()>{call, norm.of(c), c, std::min<int64_t>(kWide, call.in - p * kWide), first, last};
+      });
+    });
   });
 }
 
@@ -519,25 +580,18 @@ void linear_merge_gradients(const LinearBackward& call) {
 }
 
 int64_t linear_parts(const LinearCall& call) { return call.groups * ((call.rows + part_rows(call) - 1) / part_rows(call)); }
-int64_t linear_part_size(const LinearCall& call) { return call.out * panels_of(call, true) * kWide; }
-int64_t linear_part_units(const LinearCall& call) { return (panels_of(call, true) + kPanels - 1) / kPanels; }
+int64_t linear_part_size(const LinearCall& call) { return call.out * weight_panels(call) * kWide; }
+int64_t linear_part_units(const LinearCall& call) {
+  return ((weight_panels(call) + kPanels - 1) / kPanels) * ((tiles_of(call.out) + kTiles - 1) / kTiles);
+}
 
 void linear_weight_parts(const LinearBackward& call, float* parts, int64_t begin, int64_t end) {
   const AllConstants norm = norm_of_x(call), tilt = tilt_of_y(call);
-  const int64_t units = linear_part_units(call), panels = panels_of(call, true);
-  with_x(call, norm, [&](auto x) {
-    with_grad(call, tilt, [&](auto grad) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t part = unit / units, g = part % call.groups, row = part / call.groups * part_rows(call);
-        weight_part(x(g), inputs(call, call.x, call.m, g), grad(g), call.out, row, std::min(call.rows, row + part_rows(call)),
-                    unit % units * panels / units, (unit % units + 1) * panels / units, parts + part * linear_part_size(call));
-      }
-    });
-  });
+  with_x(call, norm, [&](auto x) { with_grad(call, tilt, [&](auto grad) { weight_units(call, x, grad, parts, begin, end); }); });
 }
 
 void linear_weight_merge(const LinearBackward& call, const float* parts, int64_t begin, int64_t end) {
-  const int64_t pitch = panels_of(call, true) * kWide, half = pitch / call.sides, count = linear_parts(call);
+  const int64_t pitch = weight_panels(call) * kWide, count = linear_parts(call);
   const Buffer<float> sum = allocate<float>(pitch);
   for (int64_t row = begin; row < end; ++row) {
     std::fill_n(sum.get(), pitch, 0.0f);
@@ -547,7 +601,7 @@ void linear_weight_merge(const LinearBackward& call, const float* parts, int64_t
     }
     float* to = call.dweight + row * call.in * call.sides;
     for (int64_t c = 0; c < call.in; ++c)
-      call.sides == 2 ? (to[2 * c] = sum[c], to[2 * c + 1] = sum[half + c]) : to[c] = sum[c];
+      call.sides == 2 ? (to[2 * c] = sum[c], to[2 * c + 1] = sum[call.in + c]) : to[c] = sum[c];
   }
 }
 

@@ -24,12 +24,7 @@ inline void fetch_ahead(const E* rows, int64_t channels) {
 // f(act, joined) with the call's activation, and whether there is a residual, as constants.
 template <class F>
 inline void with_act(const NormCall& call, F f) {
-  const auto join = [&](auto act) { call.residual ? f(act, std::true_type{}) : f(act, std::false_type{}); };
-  switch (call.act) {
-    case NormAct::none: return join(std::integral_constant<NormAct, NormAct::none>{});
-    case NormAct::relu: return join(std::integral_constant<NormAct, NormAct::relu>{});
-    case NormAct::gelu: return join(std::integral_constant<NormAct, NormAct::gelu>{});
-  }
+  with_activation(call.act, [&](auto act) { call.residual ? f(act, std::true_type{}) : f(act, std::false_type{}); });
 }
 
 // The gains of `count` rows from row r.
@@ -67,15 +62,6 @@ Constants<A> constants(const NormCall& call, const A* mean, const A* var) {
 }
 
 // ---- sums over the rows of a chunk, and of all ----
-
-// Four rows of a chunk at a time, so that what belongs to a channel is loaded once for four: f(r, four), then
-// for the rows left over f(r, one).
-template <class F>
-inline void by_fours(int64_t begin, int64_t end, F f) {
-  int64_t r = begin;
-  for (; r + 4 <= end; r += 4) f(r, std::integral_constant<int, 4>{});
-  for (; r < end; ++r) f(r, std::integral_constant<int, 1>{});
-}
 
 template <class A, class E>
 void stats(const NormForward& call, double* parts, int64_t begin, int64_t end) {
