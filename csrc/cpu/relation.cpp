@@ -63,6 +63,13 @@ class ExactSum {
   Vec<A> sum_ = {}, lost_ = {};
 };
 
+// The lines of a row that is read (written) some rows later: rows are short, and the processor foresees little.
+template <bool written = false, class E>
+inline void fetch(const E* row, int64_t width) {
+  for (int64_t c = 0; c < width; c += 64 / static_cast<int64_t>(sizeof(E))) __builtin_prefetch(row + c, written, 3);
+}
+constexpr int64_t kAhead = 8;  // so many
+
 // What forward and backward share: one sample's group of channels, and the softmax of its scores.
 template <class A, class T>
 class Group {
@@ -153,7 +160,10 @@ class Group {
   // Columns [first, first + width) of a sample's `rows` rows.
   void pack(const void* data, int64_t rows, int64_t pitch, int64_t first, int64_t width, int64_t pad, A* panel) const {
     const T* from = static_cast<const T*>(data) + sample_ * rows * pitch + first;
-    for (int64_t j = 0; j < rows; ++j) load_row(from + j * pitch, width, pad, panel + j * pad);
+    for (int64_t j = 0; j < rows; ++j) {
+      fetch(from + (j + kAhead) * pitch, width);
+      load_row(from + j * pitch, width, pad, panel + j * pad);
+    }
   }
 
   Vec<A> edge_products(const A* p, const A* q) const {
@@ -198,7 +208,11 @@ class Forward : Group<A, T> {
 
   void query(int64_t i, int lane) {
     this->point_at_keys(i);
-    load_row(this->row(static_cast<const T*>(call_.x), i, call_.channels) + first_, width_, pad_, x_.get());
+    const T* x = this->row(static_cast<const T*>(call_.x), i, call_.channels) + first_;
+    T* out = this->row(static_cast<T*>(forward_.out), i, call_.channels) + first_;
+    fetch(x + kAhead * call_.channels, width_);
+    fetch<true>(out + kAhead * call_.channels, width_);
+    load_row(x, width_, pad_, x_.get());
     for_each_tile<A>(pad_, [&](auto vectors, int64_t c) {
       constexpr int V = vectors;
       if (call_.mode == RelationMode::rsum)
@@ -208,9 +222,10 @@ class Forward : Group<A, T> {
       else
         forward_.slots ? max_tile<V, false, true>(c, lane) : max_tile<V, false, false>(c, lane);
     });
-    store_row(out_.get(), width_, this->row(static_cast<T*>(forward_.out), i, call_.channels) + first_);
+    store_row(out_.get(), width_, out);
     if (forward_.slots) {
       uint8_t* slots = this->row(forward_.slots, i, call_.channels) + first_;
+      fetch<true>(slots + kAhead * call_.channels, width_);
       for (int64_t c = 0; c < width_; ++c) slots[c] = static_cast<uint8_t>(slots_[c]);
     }
   }
@@ -233,10 +248,7 @@ class Forward : Group<A, T> {
           if (kSlots) slot[v] = Vec<Int<A>>{};
           continue;
         }
-        // Larger, or the first NaN.
-        const auto wins = ~(value <= best[v]) & (best[v] == best[v]);
-        best[v] = wins ? value : best[v];
-        if (kSlots) slot[v] = wins ? splat<Int<A>>(s) : slot[v];
+        keep_larger<A>(value, s, best[v], slot[v]);
       }
     }
     for (int v = 0; v < V; ++v) {
@@ -325,15 +337,22 @@ class Backward : Group<A, T> {
   // A panel of sums over the keys to its columns of a (B, M, pitch) array.
   void write(const A* sums, int64_t pad, int64_t width, T* to, int64_t pitch, int64_t first) const {
     to += sample_ * call_.keys * pitch + first;
-    for (int64_t j = 0; j < call_.keys; ++j) store_row(sums + j * pad, width, to + j * pitch);
+    for (int64_t j = 0; j < call_.keys; ++j) {
+      fetch<true>(to + (j + kAhead) * pitch, width);
+      store_row(sums + j * pad, width, to + j * pitch);
+    }
   }
 
   // One query's gradient to its neighbours and itself; in alpha_grads_, what it gives each slot's weight.
   void nodes(int64_t i, int lane) {
     this->point_at_keys(i);
-    load_row(this->row(static_cast<const T*>(backward_.grad), i, call_.channels) + first_, width_, pad_, grad_.get());
+    const T* grad = this->row(static_cast<const T*>(backward_.grad), i, call_.channels) + first_;
+    fetch(grad + kAhead * call_.channels, width_);
+    load_row(grad, width_, pad_, grad_.get());
     if (backward_.slots) {
-      std::copy_n(this->row(backward_.slots, i, call_.channels) + first_, width_, slots_.get());
+      const uint8_t* slots = this->row(backward_.slots, i, call_.channels) + first_;
+      fetch(slots + kAhead * call_.channels, width_);
+      std::copy_n(slots, width_, slots_.get());
       std::fill(slots_.get() + width_, slots_.get() + pad_, 0xFF);  // no slot: k is smaller
     }
     if (backward_.need_relation)

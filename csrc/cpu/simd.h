@@ -132,6 +132,14 @@ struct IntOf<double> {
 template <class T>
 using Int = typename IntOf<T>::type;
 
+// best and its slot become value and s where value is larger, or the first NaN.
+template <class T>
+inline void keep_larger(Vec<T> value, int s, Vec<T>& best, Vec<Int<T>>& slot) {
+  const auto wins = ~(value <= best) & (best == best);
+  best = wins ? value : best;
+  slot = wins ? splat<Int<T>>(s) : slot;
+}
+
 // counts + 1 in every lane where a <= b (a < b).
 template <class T, class N>
 inline Vec<N> count_le(Vec<N> counts, Vec<T> a, Vec<T> b) {
@@ -166,6 +174,12 @@ inline int append(uint32_t chosen, Vec<T> d, int first, T* values, int32_t* indi
 template <>
 inline Vec<float> smaller<float>(Vec<float> a, Vec<float> b) {
   return _mm512_min_ps(a, b);
+}
+template <>
+inline void keep_larger<float>(Vec<float> value, int s, Vec<float>& best, Vec<int32_t>& slot) {
+  const __mmask16 wins = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(best, best, _CMP_ORD_Q), value, best, _CMP_NLE_UQ);
+  best = _mm512_mask_mov_ps(best, wins, value);
+  slot = reinterpret_cast<Vec<int32_t>>(_mm512_mask_set1_epi32(reinterpret_cast<__m512i>(slot), wins, s));
 }
 template <>
 inline float total<float>(Vec<float> v) {
