@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fer_kernels
-from fer_kernels import extension
+from fer_kernels.linear.op import chains
 from fer_kernels.nn.conv import grouped_linear
 
 from . import knn
@@ -233,10 +233,14 @@ def run_ours(case: Case, backend: str) -> Callable[[Inputs], Any]:
         return y.view_as(nodes)
 
     on_cpu = backend == "cpu"
-    if on_cpu and case.dtype == torch.float32 and extension.FAST_PRODUCTS == "avx512":
-        return _step(case, lambda *leaves: chained_block(*leaves, keys, graph, aggregate))
     last = (norm, "auto") if on_cpu else (None, "reference")
-    return _step(case, lambda *leaves: block(*leaves, keys, graph, aggregate, *last))
+
+    def run(x: Tensor, fc1: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if on_cpu and chains(x, fc1):
+            return chained_block(x, fc1, *leaves, keys, graph, aggregate)
+        return block(x, fc1, *leaves, keys, graph, aggregate, *last)
+
+    return _step(case, run)
 
 
 def _plain(case: Case, aggregate: Aggregate) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -28,6 +29,18 @@ def positive_int(function: str, name: str, value: Any) -> None:
 def a_bool(function: str, name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{function}: {name} must be a bool, got {value!r} ({type(value).__name__})")
+
+
+def a_choice(function: str, name: str, value: Any, choices: Collection[Any]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"{function}: unknown {name} {value!r}: expected one of {', '.join(map(repr, choices))}"
+        )
+
+
+def not_negative(function: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise ValueError(f"{function}: {name} must be a number of at least 0, got {value!r}")
 
 
 def floating_nodes(function: str, name: str, tensor: Any) -> None:

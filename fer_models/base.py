@@ -12,16 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fer_kernels import dispatch, use_backend
+from fer_kernels.checks import a_choice
 
 from .output import FEROutput
 
 HEADS = ("linear", "label_graph")
 POOLS = ("avg", "max", "avgmax")
-
-
-def check_choice(here: str, name: str, value: Any, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"{here}: unknown {name} {value!r}: expected one of {', '.join(map(repr, choices))}")
 
 
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -50,7 +46,7 @@ def create_head(
         kind: "linear", or "label_graph" for `layers.label_graph.LabelGraphHead`.
         options: of that head; the linear one has none.
     """
-    check_choice("create_head", "head", kind, HEADS)
+    a_choice("create_head", "head", kind, HEADS)
     if kind == "label_graph":
         from .layers.label_graph import LabelGraphHead
 
@@ -99,8 +95,8 @@ class FERModel(nn.Module):
     ) -> None:
         super().__init__()
         here = type(self).__name__
-        check_choice(here, "head", head, HEADS)
-        check_choice(here, "global_pool", global_pool, POOLS)
+        a_choice(here, "head", head, HEADS)
+        a_choice(here, "global_pool", global_pool, POOLS)
         if backend != "auto":
             dispatch.check_backend_name(backend, f"{here}: backend")
         if in_chans < 1:
@@ -225,7 +221,7 @@ class FERModel(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head; num_classes=0 leaves none."""
         if global_pool is not None:
-            check_choice(self.name, "global_pool", global_pool, POOLS)
+            a_choice(self.name, "global_pool", global_pool, POOLS)
         parameter = next(self.parameters())
         self.head = self._make_head(num_classes).to(parameter.device, parameter.dtype)
         self.num_classes = num_classes

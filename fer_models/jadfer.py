@@ -47,9 +47,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fer_kernels.checks import a_choice
 from fer_kernels.nn import JADAttention, JADBlock, drop_schedule
 
-from .base import FERModel, check_choice, pair, resize_position
+from .base import FERModel, pair, resize_position
 from .layers.backbone import channels_first, create_levels, set_checkpointing
 from .layers.stem import ConvSequence, Residual, channels_last
 from .losses import CCC, VARIETIES, CrossEntropy, Term, Variety
@@ -200,7 +201,7 @@ class JADFER(FERModel):
             ("readout", readout, READOUTS),
             ("variety", variety, (*VARIETIES, "token")),
         ):
-            check_choice(here, name, value, choices)
+            a_choice(here, name, value, choices)
         if variety == "token" and sb_tokens != "path":
             raise ValueError(f"{here}: variety='token' compares the paths' tokens: sb_tokens must be 'path'")
         for name, count in (

@@ -43,7 +43,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import FERModel, check_choice
+from fer_kernels.checks import a_choice
+
+from .base import FERModel
 from .layers.backbone import set_checkpointing
 from .layers.regions import LocalClassifiers, LocalNets, crop_regions, region_boxes
 from .layers.unet import ConvEncoder, TimmEncoder, UNet
@@ -184,9 +186,9 @@ class LNLAttenNet(FERModel):
             ("ensemble", ensemble, ENSEMBLES),
             ("main_loss", main_loss, MAIN_LOSSES),
         ):
-            check_choice(here, name, value, choices)
+            a_choice(here, name, value, choices)
         if isinstance(eta, str):
-            check_choice(here, "eta", eta, ("learned",))
+            a_choice(here, "eta", eta, ("learned",))
             if main_loss != "final" or ensemble == "wvote":
                 raise ValueError(
                     f"{here}: eta='learned' needs main_loss='final' and ensemble='concat' to be trained"

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import check_choice
+from fer_kernels.checks import a_choice
+
 from .output import FEROutput
 
 VARIETIES = ("cosine", "hinge", "partition")
@@ -140,7 +141,7 @@ def variety_loss(
         margin: of "hinge".
         mask: (B,), the samples that count; None is all.
     """
-    check_choice("variety_loss", "kind", kind, VARIETIES)
+    a_choice("variety_loss", "kind", kind, VARIETIES)
     if maps.dim() < 3:
         raise ValueError(f"variety_loss: maps must be (B, N, ...), got {tuple(maps.shape)}")
     a = _wide(maps).flatten(2)
@@ -335,7 +336,7 @@ class Variety(nn.Module):
 
     def configure(self, kind: str | None = None, margin: float | None = None) -> None:
         if kind is not None:
-            check_choice("Variety", "kind", kind, VARIETIES)
+            a_choice("Variety", "kind", kind, VARIETIES)
             self.kind = kind
         if margin is not None:
             self.margin = margin

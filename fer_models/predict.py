@@ -26,7 +26,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .base import check_choice
+from fer_kernels.checks import a_choice
+
 from .data.base import crop
 from .data.image import ImageError, decode_image, pil_pixels
 from .data.labels import class_names, nearest
@@ -99,8 +100,8 @@ class Predictor:
         flip: bool = False,
         batch_size: int = 64,
     ) -> None:
-        check_choice("Predictor", "detector", detector, (None, *DETECTORS))
-        check_choice("Predictor", "faces", faces, FACES)
+        a_choice("Predictor", "detector", detector, (None, *DETECTORS))
+        a_choice("Predictor", "faces", faces, FACES)
         if batch_size < 1:
             raise ValueError(f"Predictor: batch_size must be at least 1, got {batch_size}")
         about: dict[str, Any] = {}

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fer_kernels.checks import a_choice
 from fer_kernels.nn import GroupedLinear, Projection, RelationConv
 from fer_kernels.relation.op import MAX_NEIGHBOURS
 
 from . import registry
-from .base import FERModel, LinearHead, check_choice, pair, resize_position
+from .base import FERModel, LinearHead, pair, resize_position
 from .layers.grapher import RELATIONS, Block
 from .layers.stem import ConvStem, Downsample, MultiScaleStem
 from .registry import StateDict, build, cfg, register_model
@@ -100,7 +101,7 @@ class ViG(FERModel):
             raise ValueError(
                 f"{here}: dims and depths must be of 1 or {len(REDUCTIONS)} stages, got {dims}, {depths}"
             )
-        check_choice(here, "conv", conv, self.convs)
+        a_choice(here, "conv", conv, self.convs)
         for name, value in (("k", k), ("dilation", dilation)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{here}: {name} must be an int of at least 1 or None, got {value!r}")
@@ -264,7 +265,7 @@ class ViG(FERModel):
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """timm's: the nodes after the stages `indices`, as "NCHW" or "NHWC" maps."""
-        check_choice(self.name, "output_fmt", output_fmt, ("NCHW", "NHWC"))
+        a_choice(self.name, "output_fmt", output_fmt, ("NCHW", "NHWC"))
         taken = taken_stages(self.name, len(self.stages), indices)
         self.check_input(x)
         with self.kernels():
@@ -324,7 +325,7 @@ def _stem_layers(
             raise ValueError(f"{here}: stem_blocks of {count} scales halve {count} times, got {stride=}")
         widths = tuple(dim >> (count - 1 - layer) for layer in range(count))
         taps = tuple(range(max(count - 3, 0), count - 1))
-    check_choice(here, "stride", default if stride is None else stride, known)
+    a_choice(here, "stride", default if stride is None else stride, known)
     halvings = (stride or default).bit_length() - 1
     # The finest maps are halved first: a smaller stride costs most where maps are already small.
     return widths, tuple(2 if layer < halvings else 1 for layer in range(len(widths))), taps

@@ -261,10 +261,8 @@ def normed_linear(
         if m is not None:
             raise ValueError(f"{here}: m comes without a norm")
         given, eps, act = norm[:4], norm.eps, norm.act
-        if act not in ACTS:
-            raise ValueError(f"{here}: unknown act {act!r}: expected one of {', '.join(map(repr, ACTS))}")
-        if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps >= 0:
-            raise ValueError(f"{here}: eps must be a number of at least 0, got {eps!r}")
+        checks.a_choice(here, "act", act, ACTS)
+        checks.not_negative(here, "eps", eps)
         for name, tensor in zip(RowNorm._fields, given, strict=False):
             if tensor is None and name in ("weight", "bias"):
                 continue

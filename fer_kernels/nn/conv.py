@@ -438,9 +438,9 @@ class RelationConv(_GraphConv):
     ) -> None:
         super().__init__(in_channels, out_channels)
         here = type(self).__name__
-        _check_choice(here, "conv", conv, ("rmr", "rsum", "gate", "both"))
-        _check_choice(here, "relation", relation, ("diff", "diff+pos", "diff+dist"))
-        _check_choice(here, "gate", gate, ("channel", "head"))
+        checks.a_choice(here, "conv", conv, ("rmr", "rsum", "gate", "both"))
+        checks.a_choice(here, "relation", relation, ("diff", "diff+pos", "diff+dist"))
+        checks.a_choice(here, "gate", gate, ("channel", "head"))
         checks.positive_int(here, "heads", heads)
         if relation_dim is None:
             relation_dim = max(in_channels // 4 // heads, 1) * heads
@@ -765,7 +765,7 @@ CONVS: dict[str, Callable[..., nn.Module]] = {
 
 def create_conv(name: str, in_channels: int, out_channels: int, **options: Any) -> nn.Module:
     """The graph convolution of this name in `CONVS`; `options` are its keyword arguments."""
-    _check_choice("create_conv", "name", name, tuple(CONVS))
+    checks.a_choice("create_conv", "name", name, tuple(CONVS))
     return CONVS[name](in_channels, out_channels, **options)
 
 
@@ -777,11 +777,6 @@ def _check_channels(here: str, in_channels: Any, out_channels: Any) -> None:
 def _check_divisible(here: str, name: str, value: int, by: str, divisor: int) -> None:
     if value % divisor:
         raise ValueError(f"{here}: {name} = {value} must be divisible by {by} = {divisor}")
-
-
-def _check_choice(here: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{here}: unknown {name} {value!r}: expected one of {', '.join(map(repr, choices))}")
 
 
 def _look_up(here: str, name: str, value: Any, known: dict[str, Any]) -> Any:

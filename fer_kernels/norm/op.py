@@ -237,10 +237,8 @@ def _check(x, weight, bias, act, residual, gain, shift, statistics, eps, running
         raise ValueError(f"{here}: x must be (rows, C), got {x.dim()}-D {checks.shape(x)}")
     if x.shape[0] < 2 or x.shape[1] < 1:
         raise ValueError(f"{here}: x must have at least 2 rows, and a channel, got {checks.shape(x)}")
-    if act not in ACTS:
-        raise ValueError(f"{here}: unknown act {act!r}: expected one of {', '.join(map(repr, ACTS))}")
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps >= 0:
-        raise ValueError(f"{here}: eps must be a number of at least 0, got {eps!r}")
+    checks.a_choice(here, "act", act, ACTS)
+    checks.not_negative(here, "eps", eps)
     named = {
         "weight": weight,
         "bias": bias,

@@ -61,9 +61,10 @@ def norm_backward(
 
     db = Σ du,  dw = Σ du x̂,  dx = w / σ (du - db / n - x̂ dw / n), with sums over the n rows
     """
-    du, normal, dresidual = _slopes(grad, x, weight, bias, residual, gain, mean, var, eps, act)
+    rstd = torch.rsqrt(var + eps)
+    du, normal, dresidual = _slopes(grad, x, weight, bias, residual, gain, mean, rstd, act)
     db, dw = du.sum(0), (du * normal).sum(0)
-    dx = _scale(weight, var, eps) * (du - db / x.shape[0] - normal * (dw / x.shape[0]))
+    dx = _scale(weight, rstd) * (du - db / x.shape[0] - normal * (dw / x.shape[0]))
     return dx.to(x.dtype), dw, db, dresidual
 
 
@@ -83,20 +84,20 @@ def norm_given_backward(
 
     dx = w / σ du,  dmean = -w / σ db,  dvar = -w / 2σ² dw
     """
-    du, normal, dresidual = _slopes(grad, x, weight, bias, residual, gain, mean, var, eps, act)
-    db, dw, scale = du.sum(0), (du * normal).sum(0), _scale(weight, var, eps)
+    rstd = torch.rsqrt(var + eps)
+    du, normal, dresidual = _slopes(grad, x, weight, bias, residual, gain, mean, rstd, act)
+    db, dw, scale = du.sum(0), (du * normal).sum(0), _scale(weight, rstd)
     return (
         (scale * du).to(x.dtype),
         -scale * db,
-        -0.5 * torch.rsqrt(var + eps) * scale * dw,
+        -0.5 * rstd * scale * dw,
         dw,
         db,
         dresidual,
     )
 
 
-def _scale(weight: Tensor | None, var: Tensor, eps: float) -> Tensor:
-    rstd = torch.rsqrt(var + eps)
+def _scale(weight: Tensor | None, rstd: Tensor) -> Tensor:
     return rstd if weight is None else rstd * weight
 
 
@@ -108,13 +109,12 @@ def _slopes(
     residual: Tensor | None,
     gain: Tensor | None,
     mean: Tensor,
-    var: Tensor,
-    eps: float,
+    rstd: Tensor,
     act: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """du, x̂, and the residual's gradient."""
     dtype = accumulation_dtype(x.dtype)
-    normal = (x.to(dtype) - mean) * torch.rsqrt(var + eps)
+    normal = (x.to(dtype) - mean) * rstd
     dz = grad.to(dtype, copy=True)  # a result of its own, where it is the residual's gradient
     if ACTS[act] is not None:
         z = _joined(normal, weight, bias, residual, gain)

@@ -277,8 +277,7 @@ def _check(x, idx, y, p, q, a, mode, negative_slope, return_weights, reverse) ->
     if y is not None:
         _check_like(here, x, "y", y, "M", None, "C", channels)
     keys = x.shape[1] if y is None else y.shape[1]
-    if mode not in MODES:
-        raise ValueError(f"{here}: unknown mode {mode!r}: expected one of {', '.join(map(repr, MODES))}")
+    checks.a_choice(here, "mode", mode, MODES)
     if isinstance(negative_slope, bool) or not isinstance(negative_slope, (int, float, torch.SymFloat)):
         raise TypeError(f"{here}: negative_slope must be a number, got {negative_slope!r}")
     checks.a_bool(here, "return_weights", return_weights)

@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base import LinearHead, check_choice
+from fer_kernels.checks import a_choice
+
+from ..base import LinearHead
 from ..data.labels import EMOTIONS
 from ..losses import Targets, label_distribution, labelled
 
@@ -147,7 +149,7 @@ def normalise_adjacency(a: Tensor, norm: str = "code") -> Tensor:
     "sym":  D^-½ A D^-½
     "row":  D⁻¹ A
     """
-    check_choice("normalise_adjacency", "norm", norm, NORMS)
+    a_choice("normalise_adjacency", "norm", norm, NORMS)
     degree = a.sum(1)
     if norm == "row":
         return a / degree.unsqueeze(1)
@@ -176,7 +178,7 @@ def build_adjacency(
               "auto":        published where it knows all labels, else full
         labels: names of the classes, for "published" and "auto".
     """
-    check_choice("build_adjacency", "adjacency", kind, ADJACENCIES)
+    a_choice("build_adjacency", "adjacency", kind, ADJACENCIES)
     if kind == "auto":
         kind = "published" if labels is not None and set(labels) <= set(PUBLISHED) else "full"
     if kind in ("identity", "full"):
@@ -312,7 +314,7 @@ class LabelGraphHead(nn.Module):
     ) -> None:
         super().__init__()
         here = type(self).__name__
-        check_choice(here, "norm", norm, NORMS)
+        a_choice(here, "norm", norm, NORMS)
         if num_classes < 2:
             raise ValueError(f"{here}: num_classes must be at least 2, got {num_classes}")
         if valence_arousal and not va_nodes:

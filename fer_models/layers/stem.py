@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fer_kernels.checks import a_choice
 from fer_kernels.nn import Projection, norm_act_maps
-
-from ..base import check_choice
 
 FUSIONS = ("concat", "sum", "gated", "kernels", "none")
 KERNELS = (3, 5, 7)  # of fusion="kernels"
@@ -158,7 +157,7 @@ class MultiScaleStem(ConvStem):
         fusion: str = "concat",
         blocks: tuple[int, ...] = (),
     ) -> None:
-        check_choice("MultiScaleStem", "fusion", fusion, FUSIONS)
+        a_choice("MultiScaleStem", "fusion", fusion, FUSIONS)
         taps = taps if fusion in ("concat", "sum", "gated") else ()
         super().__init__(in_chans, widths, strides, taps, blocks)
         self.fusion, dim = fusion, widths[-1]
