@@ -323,7 +323,8 @@ void weight_units(const LinearCall& call, X x, Grad grad, float* parts, int64_t 
   // Blocks of a panel and of a tile; the lines beyond keep those of the next from sharing cache sets.
   constexpr int64_t kPanel = kBlock * kWide + 32, kTile = kBlock * kPackedRows + 16;
   const int64_t out = call.out, terms = call.in * call.sides, pitch = weight_panels(call) * kWide;
-  const Buffer<float> left = allocate<float>(kTiles * kTile), right = allocate<float>(kPanels * kPanel);
+  const Buffer<float> left = allocate<float>(std::min(kTiles, tiles_of(out)) * kTile);
+  const Buffer<float> right = allocate<float>(std::min(kPanels, weight_panels(call)) * kPanel);
   const auto width = [&](int64_t p) { return std::min<int64_t>(kWide, terms - p * kWide); };
   const auto height = [&](int64_t t) { return tile_begin(out, t + 1) - tile_begin(out, t); };
   for (int64_t u = begin; u < end; ++u) {
