@@ -114,7 +114,12 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a model", epilog=TRAIN_EXAMPLES, formatter_class=raw)
-    train.add_argument("recipe", nargs="?", help="name of a recipe, or a YAML file")
+    train.add_argument(
+        "recipe",
+        nargs="?",
+        help="name of a recipe, or a YAML file; its values stand before the defaults below. Without one, and "
+        "without --model and --data, it is first_run",
+    )
     train.add_argument("--out", help="run folder (default: runs/MODEL-DATA-NUMBER)")
     train.add_argument("--resume", choices=("never", "auto", "must"), default="never", help="default: never")
     train.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="several runs, and their spread")

@@ -245,7 +245,11 @@ def load_weights(model: nn.Module, path: str | os.PathLike, *, other_head: bool 
         state[weight] = _for_channels(state[weight], own[weight].shape[1])
     head = getattr(model, "head_prefixes", ("head.",))
     if other_head and not _fits(own, state, head):
-        _logger.warning("%s: the head of %s is another one; the model keeps its new head", _name(model), path)
+        _logger.warning(
+            "%s: loaded %s but for its head, which is another one: the model's own head is untrained",
+            _name(model),
+            path,
+        )
         state = {name: tensor for name, tensor in state.items() if not name.startswith(head)}
         state |= {name: tensor for name, tensor in own.items() if name.startswith(head)}
     problems = _mismatch(own, state)

@@ -289,7 +289,9 @@ def _check(x, idx, y, p, q, a, mode, negative_slope, return_weights, reverse) ->
             raise ValueError(f"{here}: mode 'mr' has no weights to return")
     elif len(given) < 3:
         missing = [name for name in ("p", "q", "a") if name not in given]
-        raise ValueError(f"{here}: mode {mode!r} needs p, q and a, missing {', '.join(missing)}")
+        raise ValueError(
+            f"{here}: mode {mode!r} needs p, q and a (mode 'mr' none), missing {', '.join(missing)}"
+        )
     else:
         _check_like(here, x, "p", p, "N", queries, "R", None)
         _check_like(here, x, "q", q, "M", keys, "R", p.shape[2])
