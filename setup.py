@@ -29,6 +29,8 @@ X86_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
 }
+# For the one kernel file that has products of bfloat16.
+BFLOAT16_FLAGS = {"linear": ("avx512bf16", [*X86_FLAGS["avx512"], "-mavx512bf16"])}
 DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 
 
@@ -156,8 +158,11 @@ class NinjaBuild(build_ext):
             )
         self.info["compiler"] = first_line([*compiler, "--version"])
         commands = [self.host_object(compiler, CSRC / "bindings" / "cpu.cpp", [])]
-        isas = {"baseline": []} | (X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {})
+        x86 = platform.machine() in ("x86_64", "AMD64")
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
+            isas = {"baseline": []} | (X86_FLAGS if x86 else {})
+            if x86 and source.stem in BFLOAT16_FLAGS:
+                isas |= [BFLOAT16_FLAGS[source.stem]]
             for isa, flags in isas.items():
                 commands.append(self.kernel_object(compiler, source, isa, flags))
         self.link(compiler, "_cpu", commands, ["-ltorch_cpu"])

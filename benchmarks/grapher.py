@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fer_kernels
-from fer_kernels.linear.op import chains
+from fer_kernels.linear.op import chain_dtype
 from fer_kernels.nn.conv import grouped_linear
 
 from . import knn
@@ -236,7 +236,7 @@ def run_ours(case: Case, backend: str) -> Callable[[Inputs], Any]:
     last = (norm, "auto") if on_cpu else (None, "reference")
 
     def run(x: Tensor, fc1: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if on_cpu and chains(x, fc1):
+        if on_cpu and chain_dtype(x, fc1):
             return chained_block(x, fc1, *leaves, keys, graph, aggregate)
         return block(x, fc1, *leaves, keys, graph, aggregate, *last)
 

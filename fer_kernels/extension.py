@@ -81,3 +81,5 @@ def _fast_products() -> str | None:
 
 
 FAST_PRODUCTS = _fast_products()  # once: torch.compile asks too
+# Whether this processor multiplies vectors of bfloat16 (AVX512_BF16), for which one kernel is compiled.
+BFLOAT16_PRODUCTS: bool = getattr(cpu.module, "multiplies_bfloat16", lambda: False)()

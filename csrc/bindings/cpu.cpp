@@ -311,6 +311,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_given_backward(
 #define FER_PICK_LINEAR FER_PICK
 #endif
 
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  const auto isas = supported_isas();
+  return std::find(isas.begin(), isas.end(), "avx512") != isas.end() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+#if defined(__x86_64__)
+#define FER_PICK_NORMED(kernel) (bfloat16 ? &fer::cpu::avx512bf16::kernel : FER_PICK(kernel))
+#else
+#define FER_PICK_NORMED(kernel) (static_cast<void>(bfloat16), FER_PICK(kernel))
+#endif
+
+// Whether x is bfloat16, for which there is a kernel on some processors, if at all.
+bool check_dtype(const Tensor& x, bool normed) {
+  static const bool here = multiplies_bfloat16();
+  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || (bfloat16 && normed && here),
+                  "linear: there is no kernel for x's dtype here");
+  return bfloat16;
+}
+
 // Products worth waking a thread for: about a tenth of a millisecond.
 int64_t linear_grain(int64_t units, int64_t work) {
   return std::max<int64_t>(1, 20'000'000 / std::max<int64_t>(1, work / std::max<int64_t>(1, units)));
@@ -354,7 +378,7 @@ void run_rows(const Call& call, const Tensor& like, bool transposed, const Linea
 
 void run_weight(const fer::LinearBackward& call, const Tensor& like, const LinearWeight& by) {
   const int64_t parts = by.parts(call), units = parts * by.units(call);
-  const Tensor sums = torch::stable::new_empty(like, {parts * by.size(call)});
+  const Tensor sums = torch::stable::new_empty(like, {parts * by.size(call)}, ScalarType::Float);
   float* data = static_cast<float*>(sums.mutable_data_ptr());
   torch::stable::parallel_for(0, units, linear_grain(units, linear_work(call)),
                               [&](int64_t begin, int64_t end) { by.sum(call, data, begin, end); });
@@ -364,6 +388,7 @@ void run_weight(const fer::LinearBackward& call, const Tensor& like, const Linea
 
 Tensor linear(const Tensor& x, std::optional<Tensor> m, const Tensor& weight, std::optional<Tensor> bias,
               int64_t groups) {
+  check_dtype(x, false);
   const auto call = fer::bindings::linear_forward(x, m, weight, bias, groups);
   run_rows<fer::LinearForward>(call, x, false, FER_LINEAR_ROWS(FER_PICK_LINEAR, linear));
   return call.y_tensor;
@@ -372,6 +397,7 @@ Tensor linear(const Tensor& x, std::optional<Tensor> m, const Tensor& weight, st
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, std::optional<Tensor> m,
                                                    const Tensor& weight, int64_t groups, bool need_nodes,
                                                    bool need_weight) {
+  check_dtype(x, false);
   const auto call = fer::bindings::linear_backward(grad, x, m, weight, groups, need_nodes, need_weight);
   if (need_nodes) run_rows<fer::LinearBackward>(call, x, true, FER_LINEAR_ROWS(FER_PICK_LINEAR, linear_input_gradient));
   if (need_weight) run_weight(call, x, FER_LINEAR_WEIGHT(FER_PICK_LINEAR));
@@ -382,10 +408,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_normed(const Tensor& x, std::optional<
                                                  std::optional<Tensor> mean, std::optional<Tensor> var,
                                                  std::optional<Tensor> scale, std::optional<Tensor> shift, int64_t groups,
                                                  double eps, int64_t act) {
+  const bool bfloat16 = check_dtype(x, true);
   const auto call = fer::bindings::linear_normed_forward(x, m, weight, mean, var, scale, shift, groups, eps, act,
-                                                         FER_PICK(linear_chunk)());
-  run_rows<fer::LinearForward>(call, x, false, FER_LINEAR_ROWS(FER_PICK, linear));
-  FER_PICK(linear_merge_stats)(call);
+                                                         FER_PICK_NORMED(linear_chunk)());
+  run_rows<fer::LinearForward>(call, x, false, FER_LINEAR_ROWS(FER_PICK_NORMED, linear));
+  FER_PICK_NORMED(linear_merge_stats)(call);
   return {call.y_tensor, call.mean_tensor, call.var_tensor};
 }
 
@@ -394,14 +421,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_normed
     const Tensor& weight, std::optional<Tensor> mean, std::optional<Tensor> var, std::optional<Tensor> scale,
     std::optional<Tensor> shift, const Tensor& y, const Tensor& y_mean, int64_t groups, double eps, int64_t act,
     bool need_nodes, bool need_weight) {
+  const bool bfloat16 = check_dtype(x, true);
   const auto call = fer::bindings::linear_normed_backward(grad, dy_mean, dy_var, x, m, weight, mean, var, scale, shift, y,
                                                           y_mean, groups, eps, act, need_nodes, need_weight,
-                                                          FER_PICK(linear_chunk)());
+                                                          FER_PICK_NORMED(linear_chunk)());
   if (need_nodes) {
-    run_rows<fer::LinearBackward>(call, x, true, FER_LINEAR_ROWS(FER_PICK, linear_input_gradient));
-    if (mean) FER_PICK(linear_merge_gradients)(call);
+    run_rows<fer::LinearBackward>(call, x, true, FER_LINEAR_ROWS(FER_PICK_NORMED, linear_input_gradient));
+    if (mean) FER_PICK_NORMED(linear_merge_gradients)(call);
   }
-  if (need_weight) run_weight(call, x, FER_LINEAR_WEIGHT(FER_PICK));
+  if (need_weight) run_weight(call, x, FER_LINEAR_WEIGHT(FER_PICK_NORMED));
   const auto& d = call.dnorm;
   return {call.dx_tensor, call.dm_tensor, call.dweight_tensor, d[0], d[1], d[2], d[3]};
 }
@@ -433,5 +461,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("current_isa", [] { return supported_isas()[static_cast<int>(current_isa.load())]; });
   m.def("set_isa", &set_isa, pybind11::arg("name"));
   m.def("made_by_intel", &made_by_intel);
+  m.def("multiplies_bfloat16", &multiplies_bfloat16, "Whether this processor has the vectors that normed_linear takes for bfloat16.");
   m.def("num_threads", [] { return torch::stable::get_num_threads(); });
 }

@@ -26,22 +26,25 @@ template <class Call>
 const float* float_input(Call& call, const Tensor& tensor) {
   return static_cast<const float*>(contiguous_input(call, tensor));
 }
-inline float* float_output(const Tensor& tensor, bool wanted) {
-  return wanted ? static_cast<float*>(tensor.mutable_data_ptr()) : nullptr;
+inline void* output(const Tensor& tensor, bool wanted) { return wanted ? tensor.mutable_data_ptr() : nullptr; }
+inline float* float_output(const Tensor& tensor, bool wanted) { return static_cast<float*>(output(tensor, wanted)); }
+inline bool is_float(const Tensor& t, const Tensor& beside, std::initializer_list<int64_t> shape) {
+  return is_shape(t, shape) && t.scalar_type() == ScalarType::Float && t.device() == beside.device();
 }
 
 template <class Call>
 void fill_linear(Call& call, const Tensor& x, const std::optional<Tensor>& m, const Tensor& weight, int64_t groups) {
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && groups >= 1, "linear: x (rows, C) and weight must be 2-D");
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "linear: x must be float32");
+  call.dtype = to_dtype(x.scalar_type());
+  STD_TORCH_CHECK(call.dtype == Dtype::f32 || call.dtype == Dtype::bf16, "linear: x must be float32 or bfloat16");
   call.rows = x.size(0), call.groups = groups;
   call.in = x.size(1) / groups, call.out = weight.size(0) / groups, call.sides = m ? 2 : 1;
   STD_TORCH_CHECK(call.in >= 1 && call.out >= 1 && x.size(1) == groups * call.in &&
-                      is_like(weight, x, {groups * call.out, call.in * call.sides}),
-                  "linear: weight must be (C_out, C_in / groups), groups divide both, and be as x");
+                      is_float(weight, x, {groups * call.out, call.in * call.sides}),
+                  "linear: weight must be (C_out, C_in / groups), groups divide both, and be float32");
   STD_TORCH_CHECK(!m || is_like(*m, x, {call.rows, groups * call.in}), "linear: m must be as x");
-  call.x = float_input(call, x);
-  call.m = m ? float_input(call, *m) : nullptr;
+  call.x = contiguous_input(call, x);
+  call.m = m ? contiguous_input(call, *m) : nullptr;
   call.weight = float_input(call, weight);
 }
 
@@ -50,10 +53,10 @@ inline LinearForwardCall linear_forward(const Tensor& x, const std::optional<Ten
   LinearForwardCall call{};
   fill_linear(call, x, m, weight, groups);
   const int64_t out = groups * call.out;
-  STD_TORCH_CHECK(!bias || is_like(*bias, x, {out}), "linear: bias must be (C_out,) and as x");
+  STD_TORCH_CHECK(!bias || is_float(*bias, x, {out}), "linear: bias must be (C_out,) and float32");
   call.bias = bias ? float_input(call, *bias) : nullptr;
   call.y_tensor = torch::stable::new_empty(x, {call.rows, out});
-  call.y = float_output(call.y_tensor, true);
+  call.y = output(call.y_tensor, true);
   return call;
 }
 
@@ -62,13 +65,13 @@ inline LinearBackwardCall linear_backward(const Tensor& grad, const Tensor& x, c
   LinearBackwardCall call{};
   fill_linear(call, x, m, weight, groups);
   STD_TORCH_CHECK(is_like(grad, x, {call.rows, groups * call.out}), "linear: the gradient must be (rows, C_out) and as x");
-  call.grad = float_input(call, grad);
+  call.grad = contiguous_input(call, grad);
   const int64_t rows = need_nodes ? call.rows : 0, out = need_weight ? groups * call.out : 0;
   call.dx_tensor = torch::stable::new_empty(x, {rows, groups * call.in});
   call.dm_tensor = torch::stable::new_empty(x, {m ? rows : 0, groups * call.in});
   call.dweight_tensor = torch::stable::new_empty(weight, {out, weight.size(1)});
-  call.dx = float_output(call.dx_tensor, need_nodes);
-  call.dm = float_output(call.dm_tensor, need_nodes && m);
+  call.dx = output(call.dx_tensor, need_nodes);
+  call.dm = output(call.dm_tensor, need_nodes && m);
   call.dweight = float_output(call.dweight_tensor, need_weight);
   return call;
 }
@@ -85,7 +88,7 @@ void fill_linear_norm(Call& call, const Tensor& x, const std::optional<Tensor>& 
   const std::optional<Tensor>* from[] = {&mean, &var, &scale, &shift};
   for (int i = 0; i < 4; ++i) {
     if (!*from[i]) continue;
-    STD_TORCH_CHECK(is_like(**from[i], x, {x.size(1)}), "linear: a norm's tensors must be (C_in,) and as x");
+    STD_TORCH_CHECK(is_float(**from[i], x, {x.size(1)}), "linear: a norm's tensors must be (C_in,) and float32");
     *to[i] = float_input(call, **from[i]);
   }
   call.eps = eps, call.act = static_cast<NormAct>(act);
@@ -99,8 +102,8 @@ inline LinearForwardCall linear_normed_forward(const Tensor& x, const std::optio
   fill_linear_norm(call, x, mean, var, scale, shift, eps, act);
   STD_TORCH_CHECK(call.rows >= 1, "linear: statistics need a row");
   const int64_t out = groups * call.out;
-  call.mean_tensor = torch::stable::new_empty(x, {out});
-  call.var_tensor = torch::stable::new_empty(x, {out});
+  call.mean_tensor = torch::stable::new_empty(x, {out}, ScalarType::Float);
+  call.var_tensor = torch::stable::new_empty(x, {out}, ScalarType::Float);
   call.y_mean = float_output(call.mean_tensor, true);
   call.y_var = float_output(call.var_tensor, true);
   call.parts_of_all.resize((call.rows + chunk - 1) / chunk * 2 * out);
@@ -118,15 +121,15 @@ inline LinearBackwardCall linear_normed_backward(const Tensor& grad, const Tenso
   fill_linear_norm(call, x, mean, var, scale, shift, eps, act);
   const int64_t out = groups * call.out, in = need_nodes && mean ? x.size(1) : 0;
   STD_TORCH_CHECK(is_like(y, x, {call.rows, out}), "linear: y must be as its gradient");
-  STD_TORCH_CHECK(is_like(y_mean, x, {out}) && is_like(dy_mean, x, {out}) && is_like(dy_var, x, {out}),
-                  "linear: y's statistics and their gradients must be (C_out,) and as x");
-  call.y = float_input(call, y);
+  STD_TORCH_CHECK(is_float(y_mean, x, {out}) && is_float(dy_mean, x, {out}) && is_float(dy_var, x, {out}),
+                  "linear: y's statistics and their gradients must be (C_out,) and float32");
+  call.y = contiguous_input(call, y);
   call.y_mean = float_input(call, y_mean);
   call.dy_mean = float_input(call, dy_mean);
   call.dy_var = float_input(call, dy_var);
   float** to[] = {&call.dmean, &call.dvar, &call.dscale, &call.dshift};
   for (int i = 0; i < 4; ++i) {
-    call.dnorm[i] = torch::stable::new_empty(x, {in});
+    call.dnorm[i] = torch::stable::new_empty(x, {in}, ScalarType::Float);
     *to[i] = float_output(call.dnorm[i], in > 0);
   }
   call.parts_of_all.resize((call.rows + chunk - 1) / chunk * 2 * in);

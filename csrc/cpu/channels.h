@@ -37,11 +37,15 @@ inline void store_lanes(E* to, Vec<A> v, Whole) {
   if constexpr (std::is_same_v<E, A>) {
     store(to, v);
   } else if constexpr (std::is_same_v<E, BFloat16>) {
+#if defined(__AVX512BF16__)
+    const __m256bh halves = _mm512_cvtneps_pbh(v);
+#else
     const Vec<uint32_t> bits = reinterpret_cast<Vec<uint32_t>>(v);
     Vec<uint32_t> rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
     rounded = v == v ? rounded : splat<uint32_t>(0x7FC0u);
     typedef uint16_t Halves __attribute__((vector_size(FER_VECTOR_BYTES / 2)));
     const Halves halves = __builtin_convertvector(rounded, Halves);
+#endif
     std::memcpy(to, &halves, sizeof halves);
   } else {
     A lanes[kLanes<A>];

@@ -11,7 +11,7 @@
 
 namespace fer::cpu {
 
-// Once for every instruction set, and once more for tiles of bfloat16.
+// Once for every instruction set, and once more for tiles of bfloat16, and for vectors of it.
 #define FER_DECLARE_LINEAR                                                                            \
   /* The weight packed for y or (transposed) for dx: in how many units, how many bytes, units [begin, end). */ \
   int64_t linear_units(const LinearCall& call, bool transposed);                                      \
@@ -29,6 +29,11 @@ namespace fer::cpu {
   int64_t linear_part_units(const LinearCall& call);                                                  \
   void linear_weight_parts(const LinearBackward& call, float* parts, int64_t begin, int64_t end);     \
   void linear_weight_merge(const LinearBackward& call, const float* parts, int64_t begin, int64_t end);
+
+// Of all but tiles of bfloat16. From all parts: y's statistics, and the gradients of x's norm.
+#define FER_DECLARE_NORMED                                                                            \
+  void linear_merge_stats(const LinearForward& call);                                                 \
+  void linear_merge_gradients(const LinearBackward& call);
 
 #define FER_DECLARE_KERNELS(isa)                                                                      \
   namespace isa {                                                                                     \
@@ -63,15 +68,18 @@ namespace fer::cpu {
   void norm_backward_merge(const NormBackward& call, const double* parts);                            \
   void norm_backward_apply(const NormBackward& call, int64_t begin, int64_t end);                     \
   FER_DECLARE_LINEAR                                                                                  \
-  /* From all parts: y's statistics, and the gradients of x's norm. Tiles of bfloat16 know neither. */ \
-  void linear_merge_stats(const LinearForward& call);                                                 \
-  void linear_merge_gradients(const LinearBackward& call);                                            \
+  FER_DECLARE_NORMED                                                                                  \
   }
 
 FER_DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)
 FER_DECLARE_KERNELS(avx2)
 FER_DECLARE_KERNELS(avx512)
+// Products of bfloat16, for calls of that dtype; all others are of float32.
+namespace avx512bf16 {
+FER_DECLARE_LINEAR
+FER_DECLARE_NORMED
+}  // namespace avx512bf16
 #endif
 #undef FER_DECLARE_KERNELS
 
@@ -84,5 +92,6 @@ FER_DECLARE_LINEAR
 }  // namespace tiles
 #endif
 #undef FER_DECLARE_LINEAR
+#undef FER_DECLARE_NORMED
 
 }  // namespace fer::cpu

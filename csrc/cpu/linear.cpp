@@ -1,5 +1,9 @@
-// linear on the CPU: products of rows with a weight, in float32 vectors. Processors that multiply tiles of bfloat16
-// take linear_tiles.cpp for what is no more than a product.
+// linear on the CPU: products of rows with a weight, in vectors. Rows are float32, or compiled for AVX512_BF16 they
+// are bfloat16; the rest is float32 always. Processors that multiply tiles of bfloat16 take linear_tiles.cpp for what
+// is no more than a product.
+//
+// What is multiplied consists of words of 32 bits: a float32 number, or two bfloat16 ones, of terms that follow each
+// other, whose products one instruction adds up. So everything below counts words but for packing, which makes them.
 //
 // Sums of a tile, kRows rows by two vectors of columns, stay in registers. What a tile multiplies is packed
 // first: rows of the left side one after the other, a fixed pitch apart, so that one register addresses all of
@@ -21,12 +25,20 @@
 namespace fer::cpu::FER_ISA {
 namespace {
 
+#if defined(__AVX512BF16__)
+using Element = BFloat16;
+#else
+using Element = float;
+#endif
+constexpr bool kPairs = sizeof(Element) < sizeof(float);
+constexpr int64_t kTerms = kPairs ? 2 : 1;  // of a word
+
 constexpr int kLane = kLanes<float>, kWide = 2 * kLane;
-constexpr int64_t kDeep = 192;              // terms of a stretch: with them, a tile's operands fit the innermost cache
+constexpr int64_t kDeep = 192;              // words of a stretch: with them, a tile's operands fit the innermost cache
 constexpr int64_t kPitch = kDeep + 16;      // of packed rows: not a power of two, whose lines would share cache sets
 constexpr int64_t kChunk = 8 * kRows;       // rows that a panel of a weight meets while it is in the cache
 constexpr int64_t kPackRows = 16;           // rows packed at once, a vector of columns after the other
-constexpr int64_t kBlock = 200;             // rows of a weight's gradient at once: as kDeep
+constexpr int64_t kBlock = 200;             // words of rows of a weight's gradient at once: as kDeep
 constexpr int64_t kPanels = 12, kTiles = 18;    // panels and tiles of a weight's gradient at once: as much as L2 holds
 constexpr int64_t kPartRows = 784, kParts = 8;  // of a weight's gradient: most rows of a part, up to so many parts
 
@@ -34,21 +46,26 @@ constexpr int64_t kPartRows = 784, kParts = 8;  // of a weight's gradient: most 
 
 // `width` columns of one tensor, and as many of a second, where there is one.
 struct Columns {
-  const float *x, *m;
+  const Element *x, *m;
   int64_t width, pitch;
 };
 
+inline const Element* elements(const void* of) { return static_cast<const Element*>(of); }
+inline Element* elements(void* of) { return static_cast<Element*>(of); }
+
 // Group g's columns of x and m, and of y or its gradient.
 inline Columns inputs(const LinearCall& call, int64_t g) {
-  return {call.x + g * call.in, call.m ? call.m + g * call.in : nullptr, call.in, call.groups * call.in};
+  return {elements(call.x) + g * call.in, call.m ? elements(call.m) + g * call.in : nullptr, call.in, call.groups * call.in};
 }
-inline Columns outputs(const LinearCall& call, const float* y, int64_t g) {
-  return {y + g * call.out, nullptr, call.out, call.groups * call.out};
+inline Columns outputs(const LinearCall& call, const void* y, int64_t g) {
+  return {elements(y) + g * call.out, nullptr, call.out, call.groups * call.out};
 }
 
-// Stretches of a sum of `terms`, and how long each is: about the same.
-inline int64_t stretches(int64_t terms) { return (terms + kDeep - 1) / kDeep; }
-inline int64_t stretch(int64_t terms) { return (terms + stretches(terms) - 1) / stretches(terms); }
+inline int64_t words_of(int64_t terms) { return (terms + kTerms - 1) / kTerms; }
+
+// Stretches of a sum of `words`, and how long each is: about the same.
+inline int64_t stretches(int64_t words) { return (words + kDeep - 1) / kDeep; }
+inline int64_t stretch(int64_t words) { return (words + stretches(words) - 1) / stretches(words); }
 
 inline int64_t tiles_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
 
@@ -67,52 +84,131 @@ inline void with_tile(int64_t rows, int columns, F f) {
 
 // ---- packing ----
 
-// `rows` rows of `count` columns to `to`, rows `pitch` apart: from(c) has what belongs to columns from c on, and
-// from(c)(r, part) makes those of row r. There is room for a whole last vector of a row: a store under a mask
-// takes longer.
-template <class From>
-inline void pack_block(int64_t rows, int64_t count, float* to, int64_t pitch, From from) {
+#if defined(__AVX512BF16__)
+// Words of two lanes each, and what a number becomes by being stored.
+inline Vec<float> pairs(Vec<float> first, Vec<float> second) {
+  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i high = _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16);
+  return reinterpret_cast<Vec<float>>(_mm512_permutexvar_epi16(_mm512_or_si512(low, high), both));
+}
+inline Vec<float> stored(Vec<float> v) {
+  const __m512i bits = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+  return reinterpret_cast<Vec<float>>(_mm512_slli_epi32(bits, 16));
+}
+#else
+inline Vec<float> stored(Vec<float> v) { return v; }
+#endif
+
+// Where the terms of a word come from: a row, or (across) the same column of rows that follow each other.
+enum class Words { along, across };
+template <Words words>
+using Packed = std::conditional_t<words == Words::along, Element, float>;
+
+// `rows` rows of `count` columns to words, their rows `pitch` apart: from(c) has what belongs to columns from c on,
+// and from(c)(r, part) makes those of row r. There is room for a whole last vector of a row: a store under a mask
+// takes longer. Across, a last row without a second is paired with zeros.
+template <Words words, class From>
+inline void pack_block(int64_t rows, int64_t count, Packed<words>* to, int64_t pitch, From from) {
   for_channels<float>(count, [&](int64_t c, auto part) {
     const auto row = from(c);
-    for (int64_t r = 0; r < rows; ++r) store(to + r * pitch + c, row(r, part));
+    if constexpr (words == Words::along || !kPairs) {
+      for (int64_t r = 0; r < rows; ++r) store_lanes<float>(to + r * pitch + c, row(r, part), Whole{});
+    } else {
+      int64_t r = 0;
+      for (; r + 2 <= rows; r += 2) store(to + r / 2 * pitch + c, pairs(row(r, part), row(r + 1, part)));
+      if (r < rows) store(to + r / 2 * pitch + c, pairs(row(r, part), Vec<float>{}));
+    }
   });
 }
-inline void copy_block(const float* from, int64_t from_pitch, int64_t rows, int64_t count, float* to, int64_t pitch) {
-  pack_block(rows, count, to, pitch, [&](int64_t c) {
+// Likewise pairs the last term along a row of `terms`.
+inline void end_row(Element* row, int64_t terms) {
+  const Element zero{};
+  if (kPairs && terms % 2) std::memcpy(row + terms, &zero, sizeof zero);
+}
+template <Words words, class T>
+inline void copy_block(const T* from, int64_t from_pitch, int64_t rows, int64_t count, Packed<words>* to, int64_t pitch) {
+  pack_block<words>(rows, count, to, pitch, [&](int64_t c) {
     return [=](int64_t r, auto part) { return load_lanes<float>(from + r * from_pitch + c, part); };
   });
 }
 
-// A weight's panel for y, [input][output of the panel], or (transposed) for dx, [output][input of the panel].
-// What stands in columns that a panel lacks is never looked at.
+// Numbers 0, 2, 4, ... from here on, as many as a vector has or `part` says.
+inline Vec<float> every_second(const float* from, Whole) {
+  return [&]<int... l>(std::integer_sequence<int, l...>) {
+    return __builtin_shufflevector(load(from), load(from + kLane), 2 * l...);
+  }(std::make_integer_sequence<int, kLane>{});
+}
+inline Vec<float> every_second(const float* from, int part) {
+  Vec<float> found = {};
+  for (int l = 0; l < part; ++l) found[l] = from[2 * l];
+  return found;
+}
+
+// Words [0, count) of `rows` rows, `pitch` apart, to packed[word][row], kWide rows.
+void transpose(const float* first, int64_t pitch, int rows, int64_t count, float* packed) {
+  const float* row[kWide];
+  point_at(first, pitch, rows, kWide, row);
+  int64_t w = 0;
+  for (; w + kLane <= count; w += kLane)
+    for (int r = 0; r < kWide; r += 4)
+      store_transposed<float>(load(row[r] + w), load(row[r + 1] + w), load(row[r + 2] + w), load(row[r + 3] + w), kWide,
+                              packed + w * kWide + r);
+  for (; w < count; ++w)
+    for (int r = 0; r < kWide; ++r) std::memcpy(packed + w * kWide + r, row[r] + w, sizeof(float));
+}
+
+// A weight's panels: of all inputs and kWide outputs, for y, or (transposed) of all outputs and kWide inputs of x or
+// of m, for dx and dm.
+struct Panel {
+  int64_t side, at;  // whose inputs, if it is for dx; the first
+  int columns;
+  static int64_t of_a_side(const LinearCall& call, bool transposed) {
+    return ((transposed ? call.in : call.out) + kWide - 1) / kWide;
+  }
+  static int64_t all(const LinearCall& call, bool transposed) {
+    return of_a_side(call, transposed) * (transposed ? call.sides : 1);
+  }
+  Panel(const LinearCall& call, bool transposed, int64_t p)
+      : side(p / of_a_side(call, transposed)),
+        at(p % of_a_side(call, transposed) * kWide),
+        columns(static_cast<int>(std::min<int64_t>(kWide, (transposed ? call.in : call.out) - at))) {}
+};
+
+// A panel, [word of its terms][column]. What stands in columns that it lacks is never looked at.
 void pack_panel(const LinearCall& call, bool transposed, int64_t group, int64_t p, float* packed) {
-  const int64_t width = call.in * call.sides, each = ((transposed ? call.in : call.out) + kWide - 1) / kWide;  // panels of one tensor
-  const int64_t side = p / each, at = p % each * kWide;
-  const int columns = static_cast<int>(std::min<int64_t>(kWide, (transposed ? call.in : call.out) - at));
+  const int64_t width = call.in * call.sides, words = words_of(width);
+  const Panel panel(call, transposed, p);
   const float* weight = call.weight + group * call.out * width;
   if (transposed) {
-    for (int64_t o = 0; o < call.out; ++o) {
-      const float* row = weight + o * width + at * call.sides + side;
+    weight += panel.at * call.sides + panel.side;
+    for (int64_t o = 0; o < call.out; o += kTerms, weight += kTerms * width, packed += kWide) {
+      const int64_t terms = std::min(kTerms, call.out - o);
       if (call.sides == 1)
-        copy_block(row, 0, 1, columns, packed + o * kWide, 0);
+        copy_block<Words::across>(weight, width, terms, panel.columns, packed, 0);
       else
-        for (int64_t c = 0; c < columns; ++c) packed[o * kWide + c] = row[2 * c];
+        pack_block<Words::across>(terms, panel.columns, packed, 0, [&](int64_t c) {
+          return [=](int64_t r, auto part) { return every_second(weight + r * width + 2 * c, part); };
+        });
     }
     return;
   }
-  weight += at * width;
-  const Buffer<float> apart = allocate<float>(call.sides == 1 ? 0 : columns * width);  // x's inputs first, then m's
-  if (call.sides == 2) {
-    for (int64_t c = 0; c < columns; ++c)
-      for (int64_t i = 0; i < call.in; ++i)
-        for (int64_t s = 0; s < 2; ++s) apart[c * width + s * call.in + i] = weight[c * width + 2 * i + s];
-    weight = apart.get();
+  weight += panel.at * width;
+  if (!kPairs && call.sides == 1) return transpose(weight, width, panel.columns, width, packed);
+  const int64_t pitch = words + kLane;
+  const Buffer<Element> rows = allocate<Element>(panel.columns * pitch * kTerms);  // x's inputs first, then m's
+  for (int64_t c = 0; c < panel.columns; ++c, weight += width) {
+    Element* const row = rows.get() + c * pitch * kTerms;
+    if (call.sides == 1)
+      copy_block<Words::along>(weight, 0, 1, width, row, 0);
+    else
+      for (int64_t side = 0; side < 2; ++side)
+        pack_block<Words::along>(1, call.in, row + side * call.in, 0, [&](int64_t i) {
+          return [=](int64_t, auto part) { return every_second(weight + side + 2 * i, part); };
+        });
+    end_row(row, width);
   }
-  const float* rows[kWide];
-  float ones[kWide];
-  std::fill_n(ones, kWide, 1.0f);
-  point_at(weight, width, columns, kWide, rows);
-  pack<float>(rows, ones, width, kWide, packed);
+  transpose(reinterpret_cast<const float*>(rows.get()), pitch, panel.columns, words, packed);
 }
 
 // ---- memory that is needed next ----
@@ -125,8 +221,12 @@ struct Ahead {
 
   Ahead() = default;
   // `rows` rows of `width` numbers, within `times` calls of fetch().
-  Ahead(const float* first, int64_t pitch, int64_t width, int64_t rows, int64_t times)
-      : row(reinterpret_cast<const char*>(first)), pitch(4 * pitch), bytes(4 * width), rows(rows), each((rows + times - 1) / times) {}
+  Ahead(const Element* first, int64_t pitch, int64_t width, int64_t rows, int64_t times)
+      : row(reinterpret_cast<const char*>(first)),
+        pitch(pitch * static_cast<int64_t>(sizeof(Element))),
+        bytes(width * static_cast<int64_t>(sizeof(Element))),
+        rows(rows),
+        each((rows + times - 1) / times) {}
   void fetch() {
     const int64_t now = std::min(each, rows);
     rows -= now;
@@ -135,18 +235,22 @@ struct Ahead {
   }
 };
 
-// ---- rows, as a product takes them: pack(r, rows, from, count, to, pitch) writes terms [from, from + count) of
-// `rows` rows from r on, and ahead(r, rows, from, count, times) is the memory that this reads ----
+// ---- rows, as a product takes them: pack<words>(r, rows, from, count, to, pitch) writes columns [from, from + count)
+// of `rows` rows from r on, and ahead(r, rows, from, count, times) is the memory that this reads ----
 
 struct Plain {
   Columns of;
-  void pack(int64_t r, int64_t rows, int64_t from, int64_t count, float* to, int64_t pitch) const {
+  template <Words words>
+  void pack(int64_t r, int64_t rows, int64_t from, int64_t count, Packed<words>* to, int64_t pitch) const {
+    constexpr int64_t merged = words == Words::across ? kTerms : 1;  // rows in one
     const int64_t of_x = std::clamp<int64_t>(of.width - from, 0, count), of_m = count - of_x, at = r * of.pitch + from;
     // m's last vector may reach into the next row, and then has to be there before that row is.
-    const int64_t each = of_x && of_x + (of_m + kLane - 1) / kLane * kLane > pitch ? 1 : rows;
-    for (int64_t row = 0; row < rows; row += each) {
-      if (of_x) copy_block(of.x + at + row * of.pitch, of.pitch, each, of_x, to + row * pitch, pitch);
-      if (of_m) copy_block(of.m + at + row * of.pitch + of_x - of.width, of.pitch, each, of_m, to + row * pitch + of_x, pitch);
+    const int64_t most = of_x && of_x + (of_m + kLane - 1) / kLane * kLane > pitch ? merged : rows;
+    for (int64_t row = 0; row < rows; row += most) {
+      const int64_t each = std::min(most, rows - row);
+      Packed<words>* const here = to + row / merged * pitch;
+      if (of_x) copy_block<words>(of.x + at + row * of.pitch, of.pitch, each, of_x, here, pitch);
+      if (of_m) copy_block<words>(of.m + at + row * of.pitch + of_x - of.width, of.pitch, each, of_m, here + of_x, pitch);
     }
   }
   std::array<Ahead, 2> ahead(int64_t r, int64_t rows, int64_t from, int64_t count, int64_t times) const {
@@ -170,9 +274,10 @@ template <NormAct act>
 struct Normed {
   Columns of;
   Constants by;
-  void pack(int64_t r, int64_t rows, int64_t from, int64_t count, float* to, int64_t pitch) const {
-    const float* x = of.x + r * of.pitch + from;
-    pack_block(rows, count, to, pitch, [&](int64_t c) {
+  template <Words words>
+  void pack(int64_t r, int64_t rows, int64_t from, int64_t count, Packed<words>* to, int64_t pitch) const {
+    const Element* x = of.x + r * of.pitch + from;
+    pack_block<words>(rows, count, to, pitch, [&](int64_t c) {
       return [=, norm = by.from(from + c), step = of.pitch](int64_t row, auto part) {
         return activate<act>(norm(load_lanes<float>(x + row * step + c, part)));
       };
@@ -186,11 +291,12 @@ struct Normed {
 // y's gradient with what comes to it by way of y's statistics: dy + shift + scale * (y - mean).
 struct Tilted {
   Columns grad;
-  const float* y;
+  const Element* y;
   Constants by;
-  void pack(int64_t r, int64_t rows, int64_t from, int64_t count, float* to, int64_t pitch) const {
+  template <Words words>
+  void pack(int64_t r, int64_t rows, int64_t from, int64_t count, Packed<words>* to, int64_t pitch) const {
     const int64_t first = r * grad.pitch + from;
-    pack_block(rows, count, to, pitch, [&](int64_t c) {
+    pack_block<words>(rows, count, to, pitch, [&](int64_t c) {
       return [=, dy = grad.x + first + c, y = y + first + c, tilt = by.from(from + c), step = grad.pitch](int64_t row, auto part) {
         return load_lanes<float>(dy + row * step, part) + tilt(load_lanes<float>(y + row * step, part));
       };
@@ -205,23 +311,27 @@ struct Tilted {
 // Rows [begin, end) of a left side, to [tile][stretch][row][kPitch].
 template <class Rows>
 void pack_rows(const Rows& rows, int64_t terms, int64_t begin, int64_t end, float* packed) {
-  const int64_t step = stretch(terms), size = stretches(terms) * kRows * kPitch;
-  for (int64_t r = begin; r < end; r += kRows, packed += size)
-    for (int64_t from = 0; from < terms; from += step)
-      rows.pack(r, std::min<int64_t>(kRows, end - r), from, std::min(step, terms - from),
-                packed + from / step * kRows * kPitch, kPitch);
+  constexpr int64_t pitch = kPitch * kTerms;
+  const int64_t step = stretch(words_of(terms)) * kTerms;
+  Element* to = reinterpret_cast<Element*>(packed);
+  for (int64_t r = begin; r < end; r += kRows)
+    for (int64_t from = 0; from < terms; from += step, to += kRows * pitch) {
+      const int64_t height = std::min<int64_t>(kRows, end - r), count = std::min(step, terms - from);
+      rows.template pack<Words::along>(r, height, from, count, to, pitch);
+      for (int64_t row = 0; row < height; ++row) end_row(to + row * pitch, count);
+    }
 }
 
 // ---- products ----
 
-// A tile of `height` rows by a panel's columns, over `terms` terms of both, packed, the left side's kRow and kStep
+// A tile of `height` rows by a panel's columns, over `words` words of both, packed, the left side's kRow and kStep
 // apart: to `to`, instead of what is there or added to it.
 template <int kRow, int kStep>
-void tile_sums(bool fresh, const float* left, const float* right, int64_t terms, int64_t height, int columns, float* to,
+void tile_sums(bool fresh, const float* left, const float* right, int64_t words, int64_t height, int columns, float* to,
                int64_t pitch) {
   with_tile(height, columns, [&](auto height, auto vectors) {
     const auto product = [&](auto take) {
-      product_tile<float, height(), vectors(), kRow, kStep>(left, right, kWide, terms, nullptr, take);
+      product_tile<float, height(), vectors(), kRow, kStep, false, kPairs>(left, right, kWide, words, nullptr, take);
     };
     float* const sums = to;
     if (fresh)
@@ -238,7 +348,7 @@ void tile_sums(bool fresh, const float* left, const float* right, int64_t terms,
 // column, where there is one. Nothing reads again what it wrote: such stores may wait for memory, and loads whose
 // addresses end in the same twelve bits, as rows' often do, for them.
 struct Written {
-  float* to;  // the panel's columns
+  Element* to;  // the panel's columns
   int64_t pitch, columns;
   const float* added = nullptr;
 
@@ -257,13 +367,13 @@ struct Written {
 template <class In, class Finish>
 void rows_product(int64_t groups, int64_t terms, int64_t panels, In in, Finish finish, const float* packed, int64_t begin,
                   int64_t end) {
-  const int64_t step = stretch(terms), size = stretches(terms) * kRows * kPitch;
+  const int64_t words = words_of(terms), step = stretch(words), size = stretches(words) * kRows * kPitch;
   const Buffer<float> left = allocate<float>(kChunk / kRows * size), sums = allocate<float>(kChunk * kWide);
   for (int64_t first = begin; first < end; first += kChunk) {
     const int64_t last = std::min(end, first + kChunk);
     for (int64_t g = 0; g < groups; ++g) {
       pack_rows(in(g), terms, first, last, left.get());
-      const int64_t times = stretches(terms) * tiles_of(last - first);
+      const int64_t times = stretches(words) * tiles_of(last - first);
       const bool same = g + 1 < groups;  // rows come next
       const int64_t later = same ? first : last, rows = (same ? last : std::min(end, last + kChunk)) - later;
       const auto inputs_ahead = in(same ? g + 1 : 0).ahead(later, rows, 0, terms, times * panels);
@@ -271,16 +381,16 @@ void rows_product(int64_t groups, int64_t terms, int64_t panels, In in, Finish f
       for (int64_t p = 0; p < panels; ++p) {
         auto finishing = finish(g, p, first, last);
         next[2] = finishing.ahead(times);
-        const float* panel = packed + (g * panels + p) * terms * kWide;
-        for (int64_t from = 0; from < terms; from += step)
+        const float* panel = packed + (g * panels + p) * words * kWide;
+        for (int64_t from = 0; from < words; from += step)
           for (int64_t r = first; r < last; r += kRows) {
             for (Ahead& memory : next) memory.fetch();
             const int64_t until = std::min<int64_t>(last, r + kRows);
             float* tile = sums.get() + (r - first) * kWide;
             tile_sums<kPitch, 1>(from == 0, left.get() + (r - first) / kRows * size + from / step * kRows * kPitch,
-                                 panel + from * kWide, std::min(step, terms - from), until - r,
+                                 panel + from * kWide, std::min(step, words - from), until - r,
                                  static_cast<int>(finishing.columns), tile, kWide);
-            if (from + step >= terms) finishing.rows(r, until, tile);
+            if (from + step >= words) finishing.rows(r, until, tile);
           }
         finishing.all();
       }
@@ -329,7 +439,8 @@ void weight_units(const LinearCall& call, X x, Grad grad, float* parts, int64_t 
   const auto height = [&](int64_t t) { return tile_begin(out, t + 1) - tile_begin(out, t); };
   for (int64_t u = begin; u < end; ++u) {
     const WeightUnit unit(call, u);
-    const int64_t blocks = (unit.end - unit.begin + kBlock - 1) / kBlock, step = (unit.end - unit.begin + blocks - 1) / blocks;
+    const int64_t words = words_of(unit.end - unit.begin), blocks = (words + kBlock - 1) / kBlock;
+    const int64_t step = (words + blocks - 1) / blocks * kTerms;
     for (int64_t first = unit.begin; first < unit.end; first += step) {
       const int64_t last = std::min(unit.end, first + step);
       const auto rows_of_x = x(unit.group);
@@ -337,10 +448,12 @@ void weight_units(const LinearCall& call, X x, Grad grad, float* parts, int64_t 
       for (int64_t r = first; r < last; r += kPackRows) {
         const int64_t rows = std::min(kPackRows, last - r);
         for (int64_t p = unit.from; p < unit.to; ++p)
-          rows_of_x.pack(r, rows, p * kWide, width(p), right.get() + (p - unit.from) * kPanel + (r - first) * kWide, kWide);
+          rows_of_x.template pack<Words::across>(r, rows, p * kWide, width(p),
+                                                 right.get() + (p - unit.from) * kPanel + (r - first) / kTerms * kWide, kWide);
         for (int64_t t = unit.top; t < unit.bottom; ++t)
-          rows_of_grad.pack(r, rows, tile_begin(out, t), height(t),
-                            left.get() + (t - unit.top) * kTile + (r - first) * kPackedRows, kPackedRows);
+          rows_of_grad.template pack<Words::across>(r, rows, tile_begin(out, t), height(t),
+                                                    left.get() + (t - unit.top) * kTile + (r - first) / kTerms * kPackedRows,
+                                                    kPackedRows);
       }
       // What is packed next, of this unit or of the one after it.
       const bool same = last < unit.end;
@@ -358,8 +471,8 @@ void weight_units(const LinearCall& call, X x, Grad grad, float* parts, int64_t 
           float* to = sums + tile_begin(out, t) * pitch + p * kWide;
           for (int64_t i = 0; i < (fresh ? 0 : height(t)); ++i)
             for (int v = 0; v < kWide; v += 16) __builtin_prefetch(to + i * pitch + v, 1, 3);
-          tile_sums<1, kPackedRows>(fresh, left.get() + (t - unit.top) * kTile, right.get() + (p - unit.from) * kPanel, last - first,
-                                    height(t), static_cast<int>(width(p)), to, pitch);
+          tile_sums<1, kPackedRows>(fresh, left.get() + (t - unit.top) * kTile, right.get() + (p - unit.from) * kPanel,
+                                    words_of(last - first), height(t), static_cast<int>(width(p)), to, pitch);
         }
     }
   }
@@ -412,7 +525,7 @@ void with_x(const LinearCall& call, const AllConstants& norm, F f) {
 template <class F>
 void with_grad(const LinearBackward& call, const AllConstants& tilt, F f) {
   if (call.y)
-    f([&](int64_t g) { return Tilted{outputs(call, call.grad, g), call.y + g * call.out, tilt.of(g * call.out)}; });
+    f([&](int64_t g) { return Tilted{outputs(call, call.grad, g), elements(call.y) + g * call.out, tilt.of(g * call.out)}; });
   else
     f([&](int64_t g) { return Plain{outputs(call, call.grad, g)}; });
 }
@@ -435,7 +548,7 @@ struct Stats {
   void rows(int64_t begin, int64_t end, const float* sums) {
     for_channels<float>(columns, [&](int64_t at, auto part) {
       const int64_t v = at / kLane;
-      const auto load_row = [&](int64_t r) { return load(sums + (r - begin) * kWide + at); };
+      const auto load_row = [&](int64_t r) { return stored(load(sums + (r - begin) * kWide + at)); };
       if (begin == first) {
         const int64_t few = std::min<int64_t>(8, end - begin);
         for (int64_t r = 0; r < few; ++r) centre[v] += load_row(begin + r);
@@ -445,7 +558,7 @@ struct Stats {
       by_fours(begin, end, [&](int64_t r, auto count) {
         for (int i = 0; i < count; ++i) {
           const Vec<float> y = load_row(r + i), d = y - centre[v];
-          store_lanes<float>(call.y + (r + i) * channels() + c + at, y, part);
+          store_lanes<float>(elements(call.y) + (r + i) * channels() + c + at, y, part);
           s.of[i] += d;
           q.of[i] += d * d;
         }
@@ -474,7 +587,7 @@ struct InputSlopes {
   Vec<float> sum[2] = {}, along[2] = {};
 
   int64_t channels() const { return call.groups * call.in; }
-  Ahead ahead(int64_t times) const { return {call.x + first * channels() + c, channels(), columns, last - first, times}; }
+  Ahead ahead(int64_t times) const { return {elements(call.x) + first * channels() + c, channels(), columns, last - first, times}; }
   void rows(int64_t begin, int64_t end, const float* sums) {
     for_channels<float>(columns, [&](int64_t at, auto part) {
       const int64_t v = at / kLane;
@@ -483,11 +596,11 @@ struct InputSlopes {
       by_fours(begin, end, [&](int64_t r, auto count) {
         for (int i = 0; i < count; ++i) {
           const int64_t where = (r + i) * channels() + c + at;
-          const Vec<float> d = load_lanes<float>(call.x + where, part) - mean;
+          const Vec<float> d = load_lanes<float>(elements(call.x) + where, part) - mean;
           const Vec<float> here = slope<act>(load(sums + (r + i - begin) * kWide + at), d * scale + shift);
           s.of[i] += here;
           a.of[i] += here * d;
-          store_lanes<float>(call.dx + where, here * scale, part);
+          store_lanes<float>(elements(call.dx) + where, here * scale, part);
         }
       });
       sum[v] += s.total();
@@ -500,21 +613,18 @@ struct InputSlopes {
   }
 };
 
-int64_t panels_of(const LinearCall& call, bool transposed) {
-  return transposed ? (call.in + kWide - 1) / kWide * call.sides : (call.out + kWide - 1) / kWide;
-}
 int64_t panel_size(const LinearCall& call, bool transposed) {
-  return (transposed ? call.out : call.in * call.sides) * kWide;
+  return words_of(transposed ? call.out : call.in * call.sides) * kWide;
 }
 
 }  // namespace
 
-int64_t linear_units(const LinearCall& call, bool transposed) { return call.groups * panels_of(call, transposed); }
+int64_t linear_units(const LinearCall& call, bool transposed) { return call.groups * Panel::all(call, transposed); }
 int64_t linear_packed(const LinearCall& call, bool transposed) {
   return linear_units(call, transposed) * panel_size(call, transposed) * static_cast<int64_t>(sizeof(float));
 }
 void linear_pack(const LinearCall& call, bool transposed, void* packed, int64_t begin, int64_t end) {
-  const int64_t panels = panels_of(call, transposed);
+  const int64_t panels = Panel::all(call, transposed);
   for (int64_t u = begin; u < end; ++u)
     pack_panel(call, transposed, u / panels, u % panels, static_cast<float*>(packed) + u * panel_size(call, transposed));
 }
@@ -525,7 +635,7 @@ void linear(const LinearForward& call, const void* packed, int64_t begin, int64_
   const AllConstants norm = norm_of_x(call);
   with_x(call, norm, [&](auto x) {
     const auto run = [&](auto finish) {
-      rows_product(call.groups, call.in * call.sides, panels_of(call, false), x, finish, static_cast<const float*>(packed), begin, end);
+      rows_product(call.groups, call.in * call.sides, Panel::all(call, false), x, finish, static_cast<const float*>(packed), begin, end);
     };
     const auto columns = [&](int64_t p) { return std::min<int64_t>(kWide, call.out - p * kWide); };
     if (call.y_mean)
@@ -535,7 +645,7 @@ void linear(const LinearForward& call, const void* packed, int64_t begin, int64_
     else
       run([&](int64_t g, int64_t p, int64_t, int64_t) {
         const int64_t c = g * call.out + p * kWide;
-        return Written{call.y + c, call.groups * call.out, columns(p), call.bias ? call.bias + c : nullptr};
+        return Written{elements(call.y) + c, call.groups * call.out, columns(p), call.bias ? call.bias + c : nullptr};
       });
   });
 }
@@ -548,12 +658,12 @@ void linear_input_gradient(const LinearBackward& call, const void* packed, int64
   const AllConstants norm = norm_of_x(call), tilt = tilt_of_y(call);
   with_grad(call, tilt, [&](auto grad) {
     const auto run = [&](auto finish) {
-      rows_product(call.groups, call.out, panels_of(call, true), grad, finish, static_cast<const float*>(packed), begin, end);
+      rows_product(call.groups, call.out, Panel::all(call, true), grad, finish, static_cast<const float*>(packed), begin, end);
     };
     if (!call.mean)
       return run([&](int64_t g, int64_t p, int64_t, int64_t) {
-        const int64_t side = p / (panels_of(call, true) / call.sides), at = p % (panels_of(call, true) / call.sides) * kWide;
-        return Written{(side ? call.dm : call.dx) + g * call.in + at, call.groups * call.in, std::min<int64_t>(kWide, call.in - at)};
+        const Panel panel(call, true, p);
+        return Written{elements(panel.side ? call.dm : call.dx) + g * call.in + panel.at, call.groups * call.in, panel.columns};
       });
     with_activation(call.act, [&](auto act) {
       run([&](int64_t g, int64_t p, int64_t first, int64_t last) {

@@ -152,6 +152,8 @@ struct Columns {
 };
 
 // Group g's columns of x and m, or their gradients, and of y or its gradient.
+inline const float* floats(const void* of) { return static_cast<const float*>(of); }
+inline float* floats(void* of) { return static_cast<float*>(of); }
 template <class Float>
 Columns<Float> inputs(const LinearCall& call, Float* x, Float* m, int64_t g) {
   return {x + g * call.in, m ? m + g * call.in : nullptr, call.in, call.groups * call.in};
@@ -437,8 +439,8 @@ void rows_product(int64_t groups, In in, Out out, Start start, const uint16_t* p
 // (out blocks * 16, in blocks * 16), even numbers of blocks.
 void weight_part(const LinearBackward& call, int64_t group, int64_t first, int64_t last, int64_t begin, int64_t end, float* sum) {
   constexpr int64_t kRows = 32 * kDeep, across = kDeep * kStep;
-  const auto x = inputs(call, call.x, call.m, group);
-  const auto grad = outputs(call, call.grad, group);
+  const auto x = inputs(call, floats(call.x), floats(call.m), group);
+  const auto grad = outputs(call, floats(call.grad), group);
   const int64_t tall = last - first, broad = even(x.blocks()), pitch = broad * 16;
   const int64_t panels = (broad + kPanel - 1) / kPanel, works = (end - begin + kRows - 1) / kRows * panels;
   const int64_t left_size = tall * across, right_size = std::min(kPanel, broad) * across;
@@ -531,16 +533,16 @@ void linear(const LinearForward& call, const void* packed, int64_t begin, int64_
   if (call.bias)
     for (int64_t g = 0; g < call.groups; ++g) std::copy_n(call.bias + g * call.out, call.out, starts.get() + g * padded);
   rows_product(
-      call.groups, [&](int64_t g) { return inputs(call, call.x, call.m, g); },
-      [&](int64_t g) { return outputs(call, call.y, g); },
+      call.groups, [&](int64_t g) { return inputs(call, floats(call.x), floats(call.m), g); },
+      [&](int64_t g) { return outputs(call, floats(call.y), g); },
       [&](int64_t g) { return call.bias ? starts.get() + g * padded : nullptr; },
       static_cast<const uint16_t*>(packed), linear_units(call, false) / call.groups * kStep, begin, end);
 }
 
 void linear_input_gradient(const LinearBackward& call, const void* packed, int64_t begin, int64_t end) {
   rows_product(
-      call.groups, [&](int64_t g) { return outputs(call, call.grad, g); },
-      [&](int64_t g) { return inputs(call, call.dx, call.dm, g); }, [](int64_t) { return nullptr; },
+      call.groups, [&](int64_t g) { return outputs(call, floats(call.grad), g); },
+      [&](int64_t g) { return inputs(call, floats(call.dx), floats(call.dm), g); }, [](int64_t) { return nullptr; },
       static_cast<const uint16_t*>(packed), linear_units(call, true) / call.groups * kStep, begin, end);
 }
 

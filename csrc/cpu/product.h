@@ -63,9 +63,18 @@ void point_at(const T* first, int64_t row_pitch, int count, int pitch, const T**
   for (int r = 0; r < pitch; ++r) rows[r] = first + std::min(r, count - 1) * row_pitch;
 }
 
+// sum + a * b; or (kPairs) of pairs of bfloat16 numbers in every lane both products are added.
+template <bool kPairs, class A>
+inline Vec<A> with_product(Vec<A> sum, Vec<A> a, Vec<A> b) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+#endif
+  return sum + a * b;
+}
+
 // done(r, v, Σ_s a[r * kRow + s * kStep] * b[s * b_pitch + v]) for R rows r and V vectors v, over `steps`
 // values of s, or those in `chosen`.
-template <class A, int R, int V, int kRow, int kStep, bool kChosen = false, class Done>
+template <class A, int R, int V, int kRow, int kStep, bool kChosen = false, bool kPairs = false, class Done>
 inline void product_tile(const A* a, const A* b, int64_t b_pitch, int64_t steps, const int32_t* chosen, Done done) {
   Vec<A> sums[R][V] = {};
   for (int64_t n = 0; n < steps; ++n) {
@@ -76,7 +85,7 @@ inline void product_tile(const A* a, const A* b, int64_t b_pitch, int64_t steps,
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec<A> x = splat(left[r * kRow]);
-      for (int v = 0; v < V; ++v) sums[r][v] += x * y[v];
+      for (int v = 0; v < V; ++v) sums[r][v] = with_product<kPairs, A>(sums[r][v], x, y[v]);
     }
   }
 #pragma GCC unroll 16

@@ -11,7 +11,10 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+#define FER_ISA avx512bf16
+#define FER_VECTOR_BYTES 64
+#elif defined(__AVX512F__)
 #define FER_ISA avx512
 #define FER_VECTOR_BYTES 64
 #elif defined(__AVX2__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,9 @@ from ..norm.reference import ACTS
 from . import reference
 
 OPERATOR = dispatch.Operator("linear", dtypes={"reference": checks.FLOATING, "cpu": (torch.float32,)})
+# normed_linear's, whose kernel takes bfloat16 too where the processor multiplies vectors of it.
+_OF_NORMED = (torch.float32, torch.bfloat16) if extension.BFLOAT16_PRODUCTS else (torch.float32,)
+NORMED = dataclasses.replace(OPERATOR, dtypes=OPERATOR.dtypes | {"cpu": _OF_NORMED})
 
 # From so many rows and channels on, the kernel beats torch's product (docs/performance.md).
 ROWS, WIDTH = 1024, 96 if extension.FAST_PRODUCTS == "amx" else 16
@@ -82,7 +86,7 @@ _BACKWARD = dispatch.define(
 
 def _fake_normed(x, m, weight, mean, var, scale, shift, groups, eps, act):
     y = x.new_empty(x.shape[0], weight.shape[0])
-    return y, y.new_empty(y.shape[1]), y.new_empty(y.shape[1])
+    return y, weight.new_empty(y.shape[1]), weight.new_empty(y.shape[1])
 
 
 def _fake_normed_backward(
@@ -106,7 +110,7 @@ def _fake_normed_backward(
 ):
     channels = x.shape[1] if need_nodes and mean is not None else 0
     found = _fake_backward(grad, x, m, weight, groups, need_nodes, need_weight)
-    return *found, *(x.new_empty(channels) for _ in range(4))
+    return *found, *(weight.new_empty(channels) for _ in range(4))
 
 
 def _setup_normed(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -229,29 +233,33 @@ def normed_linear(
     the product, and the statistics of its results.
 
     Args:
-        x: (rows, C_in), at least one row; float32 or float64.
-        weight: (C_out, C_in / groups), of x's dtype.
-        norm: what is multiplied is this of x: its statistics (C_in) may be those that this function returned
-            along with x. None multiplies x itself.
+        x: (rows, C_in), at least one row; float32, float64, bfloat16 or float16.
+        weight: (C_out, C_in / groups), of x's dtype, or float32.
+        norm: what is multiplied is this of x: its statistics (C_in), in float32 (float64 for float64), may be
+            those that this function returned along with x; its weight and bias are of x's dtype, or float32.
+            None multiplies x itself.
         m, groups: as in `linear`; m is not normed, and so comes without a norm.
-        backend: "auto", "reference" or "cpu". The last is for float32, and as fast as torch's own product
-            can be on processors with AVX-512.
+        backend: "auto", "reference" or "cpu". The last is for float32, and for bfloat16 on processors that
+            multiply vectors of it (AVX512_BF16); as fast as torch's own product can be where there is
+            AVX-512.
 
     Returns:
-        y (rows, C_out), and its rows' mean and variance (C_out), the latter without Bessel's correction.
+        y (rows, C_out) of x's dtype, also under autocast, and its rows' mean and variance (C_out) as those of
+        x, the latter without Bessel's correction.
 
     A chain of these makes the same network as products and batch norms do, forward and backward, but holds no
     normed rows: the backward pass keeps x and y alone, and makes the others again. All three results have
     gradients, and all of x, m, weight and the norm's tensors get one; so the statistics' share of a batch
     norm's gradient comes from here. Statistics are as exact as `batch_norm_act` takes them. The same bits on
-    every run, whatever the number of threads. Second derivatives work; the reference computes them.
+    every run, whatever the number of threads. Second derivatives work; the reference computes them. Of
+    bfloat16 what is multiplied, weight included, is rounded to it, once; sums are in float32.
     """
     here = "normed_linear"
-    _check(x, weight, None, m, groups, here)
+    wide = checks.accumulation_dtype(x.dtype) if isinstance(x, Tensor) else torch.float32
+    _check(x, weight, None, m, groups, here, wide)
     if x.dim() != 2 or not x.shape[0]:
         raise ValueError(f"{here}: x must be (rows, C_in) with a row, got {checks.shape(x)}")
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{here}: x must be float32 or float64, got {x.dtype}")
+    weight = weight.to(wide)
     if norm is None:
         given: tuple[Tensor | None, ...] = (None,) * 4
         eps, act = 0.0, None
@@ -269,43 +277,58 @@ def normed_linear(
             checks.dense_tensor(here, f"norm.{name}", tensor)
             assert tensor is not None
             checks.same_device(here, f"norm.{name}", tensor, "x", x)
-            if tensor.dtype != x.dtype or tuple(tensor.shape) != (x.shape[1],):
+            allowed = {wide, x.dtype} if name in ("weight", "bias") else {wide}
+            if tensor.dtype not in allowed or tuple(tensor.shape) != (x.shape[1],):
                 raise ValueError(
-                    f"{here}: norm.{name} must be ({x.shape[1]},) of {x.dtype} as x, "
+                    f"{here}: norm.{name} must be ({x.shape[1]},) of {' or '.join(map(str, allowed))}, "
                     f"got {checks.shape(tensor)} of {tensor.dtype}"
                 )
-    run = OPERATOR.choose(backend, x, among=_NORMED)
+        given = tuple(None if tensor is None else tensor.to(wide) for tensor in given)
+    run = NORMED.choose(backend, x, among=_NORMED)
     return run(x, m, weight, *given, groups, float(eps), ACTS.index(act))
 
 
-def chains(x: Tensor, weight: Tensor) -> bool:
-    """Whether `normed_linear` is as fast as `linear` and norms: not where tiles of bfloat16 multiply."""
-    return extension.FAST_PRODUCTS == "avx512" and is_faster(x, weight)
+def chain_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """The dtype in which `normed_linear` of x is faster than torch's products and norms, autocast considered;
+    None where it is not, as where tiles of bfloat16 multiply."""
+    if extension.FAST_PRODUCTS != "avx512":
+        return None
+    if is_faster(x, weight):
+        return torch.float32
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast and x.dtype == torch.float32 else x.dtype
+    fast = dtype == torch.bfloat16 and extension.BFLOAT16_PRODUCTS and _is_plain(x, weight)
+    return dtype if fast and NORMED.has_kernel(x) else None
 
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether "auto" takes a kernel for x and weight that is faster than torch's own product: the reference
-    never is, nor the kernel where there is little to multiply."""
-    if not extension.FAST_PRODUCTS:
+    """Whether "auto" takes a kernel of `linear` for x and weight that is faster than torch's own product: the
+    reference never is, nor the kernel where there is little to multiply."""
+    if not (extension.FAST_PRODUCTS and _is_plain(x, weight)):
         return False
+    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.backends.mkldnn.matmul.fp32_precision == "bf16":  # type: ignore[attr-defined]
+        return False  # the user prefers speed to float32
+    return OPERATOR.has_kernel(x)
+
+
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether x is much, and here, and nothing but numbers."""
     # Where shapes may be open, where what is traced runs elsewhere, where products are counted, and where an
     # operator of our own has no rule.
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
         return False
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return False
-    if not {type(x), type(weight)} <= {Tensor, nn.Parameter}:
+    if not {type(x), type(weight)} <= {Tensor, nn.Parameter} or x.device.type != "cpu":
         return False
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return False
-    if torch.backends.mkldnn.matmul.fp32_precision == "bf16":  # type: ignore[attr-defined]
-        return False  # the user prefers speed to float32
-    if x.numel() < ROWS * x.shape[-1] or min(x.shape[-1], weight.shape[0]) < WIDTH or weight.shape[1] < 16:
-        return False
-    return OPERATOR.has_kernel(x)
+    many = x.numel() >= ROWS * x.shape[-1] and min(x.shape[-1], weight.shape[0]) >= WIDTH
+    return many and weight.shape[1] >= 16
 
 
-def _check(x, weight, bias, m, groups, here="linear") -> None:
+def _check(x, weight, bias, m, groups, here="linear", wide=None) -> None:
+    """`wide`: another dtype that the weight may have."""
     checks.positive_int(here, "groups", groups)
     checks.dense_tensor(here, "x", x)
     if x.dtype not in checks.FLOATING:
@@ -319,7 +342,7 @@ def _check(x, weight, bias, m, groups, here="linear") -> None:
             continue
         checks.dense_tensor(here, name, tensor)
         checks.same_device(here, name, tensor, "x", x)
-        if tensor.dtype != x.dtype:
+        if tensor.dtype != x.dtype and not (name == "weight" and tensor.dtype == wide):
             raise TypeError(f"{here}: {name} must be {x.dtype} as x, got {tensor.dtype}")
     columns = x.shape[-1] // groups * (1 if m is None else 2)
     if weight.dim() != 2 or weight.shape[1] != columns or not weight.shape[0] or weight.shape[0] % groups:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import accumulation_dtype
 from ..dispatch import without_autocast
 from ..norm.reference import norm_given, norm_given_backward
 
@@ -63,14 +64,18 @@ def linear_normed(
     act: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = linear(act((x - mean) / sqrt(var + eps) * scale + shift)), or without mean of x itself, and the
-    mean and variance of y's rows, without Bessel's correction."""
-    y = linear(_normed(x, mean, var, scale, shift, eps, act), m, weight, None, groups)
-    y_var, y_mean = torch.var_mean(y, 0, correction=0)
+    mean and variance of y's rows, without Bessel's correction. All but x, m and y is in the dtype that x is
+    accumulated in, and so is what is computed; y is rounded once, before its statistics are taken."""
+    nodes, beside = _normed(x, m, mean, var, scale, shift, eps, act)
+    y = linear(nodes, beside, weight, None, groups).to(x.dtype)
+    y_var, y_mean = torch.var_mean(y.to(weight.dtype), 0, correction=0)
     return y, y_mean, y_var
 
 
-def _normed(x, mean, var, scale, shift, eps, act):
-    return x if mean is None else norm_given(x, mean, var, scale, shift, None, None, eps, act)
+def _normed(x, m, mean, var, scale, shift, eps, act):
+    wide = accumulation_dtype(x.dtype)
+    x, m = x.to(wide), None if m is None else m.to(wide)
+    return x if mean is None else norm_given(x, mean, var, scale, shift, None, None, eps, act), m
 
 
 @without_autocast
@@ -99,9 +104,10 @@ def linear_normed_backward(
     """
     rows = y.shape[0]
     grad = grad + dy_mean / rows + (y - y_mean) * (2 * dy_var / rows)
-    normed = _normed(x, mean, var, scale, shift, eps, act)
-    dx, dm, dweight = linear_backward(grad, normed, m, weight, groups, need_nodes, need_weight)
-    if mean is None or var is None or not need_nodes:
-        return dx, dm, dweight, *(x.new_empty(0) for _ in range(4))
-    dx, *of_norm, _ = norm_given_backward(dx, x, mean, var, scale, shift, None, None, eps, act)
-    return dx, dm, dweight, *of_norm
+    nodes, beside = _normed(x, m, mean, var, scale, shift, eps, act)
+    dx, dm, dweight = linear_backward(grad, nodes, beside, weight, groups, need_nodes, need_weight)
+    of_norm = [nodes.new_empty(0) for _ in range(4)]
+    if mean is not None and var is not None and need_nodes:
+        wide = x.to(nodes.dtype)
+        dx, *of_norm, _ = norm_given_backward(dx, wide, mean, var, scale, shift, None, None, eps, act)
+    return dx.to(x.dtype), dm.to(x.dtype), dweight, *of_norm

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import checks, dispatch
-from ..linear.op import RowNorm, chains, is_faster, linear, normed_linear
+from ..linear.op import RowNorm, chain_dtype, is_faster, linear, normed_linear
 from ..linear.reference import interleave
 from ..norm.op import batch_norm_act, track, with_shift
 from ..relation.op import MAX_NEIGHBOURS, relation_aggregate, reverse_graph
 from ..relation.reference import neighbours
 from .graph import check_grid
-from .norm import apart, fused, fuses, joined, name_of
+from .norm import along, apart, fused, fuses, joined, name_of
 
 Norm = str | Callable[[int], nn.Module] | None
 Act = str | Callable[[], nn.Module] | None
@@ -144,7 +144,7 @@ class Unfinished(NamedTuple):
             norm.weight,
             norm.bias,
             act=norm.act,
-            residual=None if residual is None else residual.reshape(rows.shape).to(rows.dtype),
+            residual=along(residual, rows),
             gain=gain,
             statistics=(norm.mean, norm.var),
             eps=norm.eps,
@@ -237,13 +237,14 @@ class Projection(nn.Module):
         """The product with its statistics, where that is faster; else nothing."""
         linear, norm = self.linear, None
         nodes = x.y if isinstance(x, Unfinished) else x
-        if not (chains(nodes, linear.weight) and fuses(self.norm, self.act, nodes)):
+        dtype = chain_dtype(nodes, linear.weight)
+        if dtype is None or not fuses(self.norm, self.act, nodes):
             return None
         if isinstance(x, Unfinished):
             norm = x.norm
-        if m is not None and (norm or m.dtype != nodes.dtype or nodes.shape[-1] % linear.groups):
+        if m is not None and (norm or nodes.shape[-1] % linear.groups):
             return None
-        rows, of_m = nodes.flatten(0, -2), None if m is None else m.flatten(0, -2)
+        rows, of_m = nodes.flatten(0, -2).to(dtype), None if m is None else m.flatten(0, -2).to(dtype)
         y, mean, var = normed_linear(rows, linear.weight, norm=norm, m=of_m, groups=linear.groups)
         tracked: Any = self.norm
         if tracked.num_batches_tracked is not None:

@@ -55,10 +55,6 @@ def fused(
     """What `fuses`, in one operator; of x + shift, with shift (C)."""
     batch_norm: Any = norm
     rows = x.flatten(0, -2)
-    if residual is not None:
-        residual = residual.reshape(rows.shape)
-        if residual.dtype != checks.accumulation_dtype(rows.dtype):
-            residual = residual.to(rows.dtype)
     if batch_norm.num_batches_tracked is not None:
         batch_norm.num_batches_tracked.add_(1)
     return op.batch_norm_act(
@@ -66,7 +62,7 @@ def fused(
         batch_norm.weight,
         batch_norm.bias,
         act=name_of(act),
-        residual=residual,
+        residual=along(residual, rows),
         gain=gain,
         shift=shift,
         eps=batch_norm.eps,
@@ -74,6 +70,14 @@ def fused(
         running_var=batch_norm.running_var,
         momentum=batch_norm.momentum,
     ).reshape(x.shape)
+
+
+def along(residual: Tensor | None, rows: Tensor) -> Tensor | None:
+    """A residual as the operator takes it beside rows (rows, C)."""
+    if residual is None:
+        return None
+    wide = checks.accumulation_dtype(rows.dtype)
+    return residual.reshape(rows.shape).to(wide if residual.dtype == wide else rows.dtype)
 
 
 def apart(
@@ -91,8 +95,8 @@ def norm_act_maps(
     if not (rows.is_contiguous() and fuses(norm, act, rows)):
         y = joined(norm(x), residual, None)
         return y if act is None else act(y)
-    along = None if residual is None else residual.permute(0, 2, 3, 1)
-    return fused(norm, act, rows, along, None).permute(0, 3, 1, 2)
+    residual = None if residual is None else residual.permute(0, 2, 3, 1)
+    return fused(norm, act, rows, residual, None).permute(0, 3, 1, 2)
 
 
 def joined(x: Tensor, residual: Tensor | None, gain: Tensor | None) -> Tensor:

@@ -273,11 +273,12 @@ def test_modules_do_without_it_where_another_backend_is_asked_for(monkeypatch):
     layer = GroupedLinear(96, 96, groups=1)
     for wish in ("reference", "triton", "cuda"):
         with fer_kernels.use_backend(wish):
-            assert not op.is_faster(x, weight) and not op.chains(x, weight)
+            assert not op.is_faster(x, weight) and op.chain_dtype(x, weight) is None
             layer(x)
-    assert op.is_faster(x, weight) == op.chains(x, weight) == ("cpu" in BACKENDS)
+    assert op.is_faster(x, weight) == ("cpu" in BACKENDS)
+    assert op.chain_dtype(x, weight) == (torch.float32 if "cpu" in BACKENDS else None)
     monkeypatch.setattr(extension, "FAST_PRODUCTS", "amx")
-    assert not op.chains(x, weight)
+    assert op.chain_dtype(x, weight) is None
     monkeypatch.setattr(extension, "FAST_PRODUCTS", None)
     assert not op.is_faster(x, weight)
 

@@ -9,7 +9,8 @@ from support import backends
 from torch import Tensor, nn
 
 import fer_kernels
-from fer_kernels import RowNorm, batch_norm_act, normed_linear
+from fer_kernels import RowNorm, batch_norm_act, extension, normed_linear
+from fer_kernels.checks import accumulation_dtype
 from fer_kernels.linear import op
 from fer_kernels.nn import DilatedKnnGraph, DynamicGraphConv, MaxRelativeConv, Projection, RelationConv, conv
 from fer_kernels.nn.conv import Unfinished
@@ -17,17 +18,30 @@ from fer_kernels.norm import op as norm_op
 
 BACKENDS = backends("linear")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+RUNS = [(b, t) for b in BACKENDS for t in (torch.float32, torch.bfloat16) if t in op.NORMED.dtypes[b]]
+each_run = pytest.mark.parametrize("backend, dtype", RUNS)
 ACTS = [None, "relu", "gelu"]
 EPS = 1e-3
-ROUNDING = torch.finfo(torch.float32).eps / 2
 GELU_OFF = 2.4e-7  # the kernel's GELU, by z, as csrc/cpu/channels.h says
 
 
 class Problem:
-    """x, m, weight, x's norm, and the gradients of y and its statistics, in float64."""
+    """x, m, weight, x's norm, and the gradients of y and its statistics, in float64: x, m and y's gradient as
+    `dtype` holds them, in which they go in."""
 
     def __init__(
-        self, rows, width, out, groups=1, norm=True, m=False, affine=True, act=None, seed=0, mean=0.0
+        self,
+        rows,
+        width,
+        out,
+        groups=1,
+        norm=True,
+        m=False,
+        affine=True,
+        act=None,
+        seed=0,
+        mean=0.0,
+        dtype=torch.float32,
     ):
         generator = torch.Generator().manual_seed(seed)
 
@@ -35,7 +49,7 @@ class Problem:
             return torch.randn(*shape, generator=generator).double()
 
         columns = groups * width
-        self.groups, self.act = groups, act
+        self.groups, self.act, self.dtype = groups, act, dtype
         self.leaves = {"x": draw(rows, columns) + mean, "weight": draw(groups * out, width * (2 if m else 1))}
         if m:
             self.leaves["m"] = draw(rows, columns)
@@ -43,16 +57,20 @@ class Problem:
             self.leaves |= {"mean": draw(columns) + mean, "var": draw(columns).square() + 0.1}
             if affine:
                 self.leaves |= {"scale": draw(columns), "shift": draw(columns)}
-        self.grads = draw(rows, groups * out), draw(groups * out), draw(groups * out)
+        self.grads = draw(rows, groups * out).to(dtype).double(), draw(groups * out), draw(groups * out)
+        self.leaves |= {
+            name: self.leaves[name].to(dtype).double() for name in self.leaves.keys() & {"x", "m"}
+        }
 
     def shaken(self, t: Tensor, noise: torch.Generator | None) -> Tensor:
         """Every number by its own rounding, and the columns of rows as wholes by that of a usual number: sums
         over rows may cancel, but their roundings do not."""
         if noise is None:
             return t
-        moved = t * (1 + ROUNDING * torch.randn(t.shape, generator=noise))
+        rounding = torch.finfo(self.dtype).eps / 2
+        moved = t * (1 + rounding * torch.randn(t.shape, generator=noise))
         if t.dim() == 2:
-            moved += ROUNDING * t.square().mean().sqrt() * torch.randn(t.shape[1:], generator=noise)
+            moved += rounding * t.square().mean().sqrt() * torch.randn(t.shape[1:], generator=noise)
         return moved
 
     def activated(self, z: Tensor, noise: torch.Generator | None) -> Tensor:
@@ -62,28 +80,37 @@ class Problem:
         off = torch.randn(z.shape, generator=noise) + torch.randn(z.shape[1:], generator=noise)
         return exact + z * (GELU_OFF * off)
 
-    def run(self, function, dtype=torch.float32, noise: torch.Generator | None = None) -> dict[str, Tensor]:
-        given = {name: self.shaken(t, noise).to(dtype, copy=True) for name, t in self.leaves.items()}
+    def run(self, function, exact: bool = False, noise: torch.Generator | None = None) -> dict[str, Tensor]:
+        """`exact`: in float64. Else nodes are of `dtype`, and all other tensors of what accumulates that."""
+        nodes = torch.float64 if exact else self.dtype
+        wide = accumulation_dtype(nodes)
+        dtypes = {"x": nodes, "m": nodes, "y": nodes}
+        given = {
+            name: self.shaken(t, noise).to(dtypes.get(name, wide), copy=True)
+            for name, t in self.leaves.items()
+        }
         leaves = {name: t.requires_grad_() for name, t in given.items()}
         outputs = function(leaves, self) if noise is None else function(leaves, self, noise)
-        torch.autograd.backward(outputs, [self.shaken(g, noise).to(dtype) for g in self.grads])
         found = dict(zip(("y", "y_mean", "y_var"), outputs, strict=True))
-        assert all(t.dtype == dtype for t in found.values())
+        assert all(t.dtype == dtypes.get(name, wide) for name, t in found.items())
+        grads = [self.shaken(g, noise).to(t.dtype) for g, t in zip(self.grads, outputs, strict=True)]
+        torch.autograd.backward(outputs, grads)
         found |= {f"d{name}": leaf.grad for name, leaf in leaves.items()}
         return {name: t.detach().double() for name, t in found.items()}
 
 
 def eager(leaves: dict[str, Tensor], problem: Problem, noise: torch.Generator | None = None) -> tuple:
-    x = leaves["x"]
+    """What is multiplied is of x's dtype; norms and statistics are computed in what accumulates that."""
+    x, weight, wide = leaves["x"], leaves["weight"], leaves["weight"].dtype
     if "mean" in leaves:
         x = (x - leaves["mean"]) * torch.rsqrt(leaves["var"] + EPS)
         if "scale" in leaves:
             x = x * leaves["scale"] + leaves["shift"]
-        x = problem.activated(x, noise)
+        x = problem.activated(x, noise).to(leaves["x"].dtype)
     if "m" in leaves:
         x = torch.stack((x, leaves["m"]), -1).flatten(-2)
-    y = F.linear(x, torch.block_diag(*leaves["weight"].chunk(problem.groups)))
-    var, mean = torch.var_mean(y, 0, correction=0)
+    y = F.linear(x, torch.block_diag(*weight.chunk(problem.groups)).to(x.dtype))
+    var, mean = torch.var_mean(y.to(wide), 0, correction=0)
     return y, mean, var
 
 
@@ -100,20 +127,21 @@ def ours(backend: str):
 
 
 def check(problem: Problem, backend: str) -> None:
-    """Off by no more than twice what torch's float32 is, and four times what rounding of what goes in does,
-    as a norm; more where it is of few numbers, whose luck differs."""
-    truth = problem.run(eager, torch.float64)
+    """Off by no more than twice what torch's own arithmetic is, and four times what rounding of what goes in
+    does, as a norm; more where it is of few numbers, whose luck differs."""
+    truth = problem.run(eager, exact=True)
     theirs, found = problem.run(eager), problem.run(ours(backend))
-    shaken = [problem.run(eager, torch.float64, torch.Generator().manual_seed(s)) for s in range(6)]
+    shaken = [problem.run(eager, True, torch.Generator().manual_seed(s)) for s in range(6)]
+    rounding = torch.finfo(problem.dtype).eps / 2
     assert found.keys() == truth.keys()
     for name, expected in truth.items():
         usual = torch.stack([(other[name] - expected).norm() for other in shaken]).square().mean().sqrt()
         few = 1 + 2 / max(1, expected.numel()) ** 0.5
-        bound = 2 * (theirs[name] - expected).norm() + 4 * few * usual + 2 * ROUNDING * expected.norm()
+        bound = 2 * (theirs[name] - expected).norm() + 4 * few * usual + 2 * rounding * expected.norm()
         assert (found[name] - expected).norm() <= bound, name
 
 
-@each_backend
+@each_run
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 150),
@@ -124,18 +152,18 @@ def check(problem: Problem, backend: str) -> None:
     act=st.sampled_from(ACTS),
     seed=st.integers(0, 99),
 )
-def test_any_shape(backend, rows, width, out, groups, kind, act, seed):
+def test_any_shape(backend, dtype, rows, width, out, groups, kind, act, seed):
     norm = kind in ("norm", "affine")
     options = {"norm": norm, "m": kind == "m", "affine": kind == "affine", "act": act if norm else None}
-    check(Problem(rows, width, out, groups, seed=seed, **options), backend)
+    check(Problem(rows, width, out, groups, seed=seed, dtype=dtype, **options), backend)
 
 
 # Beyond a chunk of rows, a stretch of a sum, a block of a weight's gradient and its panels at once.
-@each_backend
+@each_run
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("rows, width, out", [(1700, 200, 70), (300, 500, 33), (130, 48, 450)])
-def test_large(backend, rows, width, out, act):
-    check(Problem(rows, width, out, act=act, mean=5.0), backend)
+@pytest.mark.parametrize("rows, width, out", [(1701, 401, 70), (300, 500, 33), (130, 48, 450)])
+def test_large(backend, dtype, rows, width, out, act):
+    check(Problem(rows, width, out, act=act, mean=5.0, dtype=dtype), backend)
 
 
 @pytest.mark.parametrize("act", ACTS)
@@ -148,7 +176,10 @@ def test_every_instruction_set(cpu_isas, act):
 def test_the_same_bits_every_time_and_for_any_number_of_threads(two_threads):
     if "cpu" not in BACKENDS:
         pytest.skip("no kernel runs here")
-    for problem in (Problem(2500, 70, 100, act="gelu"), Problem(700, 20, 40, groups=4, norm=False, m=True)):
+    problems = [Problem(2500, 70, 100, act="gelu"), Problem(700, 20, 40, groups=4, norm=False, m=True)]
+    if torch.bfloat16 in op.NORMED.dtypes["cpu"]:
+        problems.append(Problem(2501, 71, 100, act="gelu", dtype=torch.bfloat16))
+    for problem in problems:
         expected = problem.run(ours("cpu"))
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
@@ -157,10 +188,10 @@ def test_the_same_bits_every_time_and_for_any_number_of_threads(two_threads):
                     assert torch.equal(found, expected[name]), (threads, name)
 
 
-@each_backend
+@each_run
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_stays_in_its_row(backend, value):
-    problem = Problem(200, 40, 30, act="gelu")
+def test_what_is_not_finite_stays_in_its_row(backend, dtype, value):
+    problem = Problem(200, 40, 30, act="gelu", dtype=dtype)
     problem.leaves["x"][70, 3] = value
     found = problem.run(ours(backend))
     rest = torch.arange(200) != 70
@@ -198,16 +229,17 @@ def test_derivatives(backend, kind):
             torch.testing.assert_close(cpu, reference, rtol=1e-3, atol=1e-3 * reference.abs().max().item())
 
 
-@each_backend
-def test_registration(backend):
+@each_run
+def test_registration(backend, dtype):
     for problem in (Problem(7, 6, 4, act="relu"), Problem(7, 6, 4, norm=False, m=True, groups=2)):
-        leaf = {n: t.float().requires_grad_() for n, t in problem.leaves.items()}
+        leaf = {n: t.to(dtype if n in ("x", "m") else torch.float32) for n, t in problem.leaves.items()}
+        leaf = {n: t.requires_grad_() for n, t in leaf.items()}
         names = ("x", "m", "weight", "mean", "var", "scale", "shift")
         inputs = [leaf.get(name) for name in names]
         constants = (problem.groups, EPS, norm_op.ACTS.index(problem.act))
         torch.library.opcheck(op._NORMED[backend], (*inputs, *constants))
         y, mean, _ = op._NORMED[backend](*inputs, *constants)
-        grads = [g.float() for g in problem.grads]
+        grads = [problem.grads[0].to(dtype), *(g.float() for g in problem.grads[1:])]
         plain = [None if t is None else t.detach() for t in inputs]
         for need in ((True, True), (True, False), (False, True)):
             back = (*grads, *plain, y.detach(), mean.detach(), *constants, *need)
@@ -229,15 +261,21 @@ def test_compiles_whole():
     [
         ({"x": torch.zeros(2, 3, 6)}, r"x must be \(rows, C_in\) with a row, got \(2, 3, 6\)"),
         ({"x": torch.zeros(0, 6)}, r"with a row, got \(0, 6\)"),
+        ({"x": torch.zeros(4, 6).int()}, "x must be float32, float64, bfloat16 or float16, got torch.int32"),
         (
-            {"x": torch.zeros(4, 6).bfloat16(), "weight": torch.zeros(8, 6).bfloat16()},
-            "must be float32 or float64",
+            {"x": torch.zeros(4, 6).bfloat16(), "weight": torch.zeros(8, 6).half()},
+            "weight must be torch.bfloat16",
         ),
+        (
+            {"x": torch.zeros(4, 6).bfloat16(), "norm": RowNorm(torch.zeros(6).bfloat16(), torch.ones(6))},
+            r"norm.mean must be \(6,\) of torch.float32, got .* of torch.bfloat16",
+        ),
+        ({"x": torch.zeros(4, 6).half(), "backend": "cpu"}, "it takes float32.* and the input is float16"),
         ({"weight": torch.ones(8, 5)}, r"normed_linear: weight must be \(C_out, 6\)"),
         ({"norm": (1, 2)}, "norm must be a RowNorm, got tuple"),
         (
             {"norm": RowNorm(torch.zeros(6), torch.ones(5))},
-            r"norm.var must be \(6,\) of torch.float32 .*got \(5,\)",
+            r"norm.var must be \(6,\) of torch.float32, got \(5,\)",
         ),
         ({"norm": RowNorm(torch.zeros(6), None)}, "norm.var must be a tensor, got NoneType"),
         ({"norm": RowNorm(torch.zeros(6), torch.ones(6).double())}, "norm.var must be .* of torch.float64"),
@@ -370,7 +408,11 @@ def chained(monkeypatch):
         pytest.skip("no kernel runs here")
 
     def switch(on: bool) -> None:
-        monkeypatch.setattr(conv, "chains", lambda x, weight: on and x.dtype == torch.float32)
+        def chain_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
+            dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
+            return dtype if on and dtype in op.NORMED.dtypes["cpu"] else None
+
+        monkeypatch.setattr(conv, "chain_dtype", chain_dtype)
 
     switch(True)
     return switch
@@ -427,6 +469,66 @@ def test_chained_or_not_is_the_same(name, chained):
     for name, value in one.items():
         scale = max(1.0, other[name].abs().max().item())  # a bias before a norm has none but of rounding
         torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS or not extension.BFLOAT16_PRODUCTS, reason="no kernel for bfloat16")
+@pytest.mark.parametrize("whole", [False, True], ids=["autocast", "all of it"])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_chained_in_bfloat16(kind, chained, whole):
+    """As far from float32 as the same modules without a chain, or nearer, and the same dtypes."""
+    found = []
+    for on, dtype in ((False, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16)):
+        chained(on)
+        torch.manual_seed(0)
+        network = NETWORKS[kind]().train()
+        low = dtype == torch.bfloat16
+        x = torch.randn(12, 49, 24).bfloat16().to(dtype if whole else torch.float32).requires_grad_()
+        network.to(dtype if whole else torch.float32)
+        gain = torch.tensor([0.0, 1.5, 1.5, 0.0, 1.5, 1.5] * 2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low and not whole):
+            y = network(x, gain.to(x.dtype))
+        assert y.dtype == x.dtype
+        y.backward(torch.randn(y.shape).to(y.dtype))
+        gradients = {f"d{n}": p.grad for n, p in network.named_parameters() if not n.endswith("linear.bias")}
+        found.append({"y": y.detach(), "dx": x.grad} | gradients | dict(network.named_buffers()))
+    exact, apart, together = found
+    for name, value in together.items():
+        truth = exact[name].double()
+        off, usual = (value - truth).norm(), (apart[name] - truth).norm()
+        assert value.dtype == apart[name].dtype, name
+        if (name, "no activation") == ("dfirst.norm.bias", kind):  # zero, between two norms: all is rounding
+            continue
+        assert off <= 1.5 * usual + 2**-9 * truth.norm(), (name, off / truth.norm(), usual / truth.norm())
+
+
+def test_in_which_dtype_modules_chain(monkeypatch):
+    """As autocast says, where this processor has the kernel."""
+    monkeypatch.setattr(extension, "FAST_PRODUCTS", "avx512")
+    x, weight = torch.randn(op.ROWS, 96), torch.randn(96, 96)
+    here = "cpu" in BACKENDS
+    low = torch.bfloat16 if here and extension.BFLOAT16_PRODUCTS else None
+    assert op.chain_dtype(x, weight) == (torch.float32 if here else None)
+    assert op.chain_dtype(x.bfloat16(), weight) == low
+    assert op.chain_dtype(x.half(), weight) is None and op.chain_dtype(x.double(), weight) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert op.chain_dtype(x, weight) == op.chain_dtype(x.bfloat16(), weight) == low
+        assert op.chain_dtype(x.double(), weight) is None
+    with torch.autocast("cpu", torch.float16):
+        assert op.chain_dtype(x, weight) is None
+    monkeypatch.setattr(extension, "BFLOAT16_PRODUCTS", False)
+    assert op.chain_dtype(x.bfloat16(), weight) is None
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS or not extension.BFLOAT16_PRODUCTS, reason="no kernel for bfloat16")
+def test_pairs_keep_what_is_not_finite_apart():
+    """The bits of an infinity and of its neighbour are those of a NaN, as one number."""
+    x, weight = torch.ones(40, 6).bfloat16(), torch.ones(5, 6)
+    weight[2, 3] = torch.inf
+    x[7, 1] = -torch.inf
+    y, _, _ = normed_linear(x, weight, backend="cpu")
+    expected = F.linear(x, weight.bfloat16())
+    assert torch.equal(y.nan_to_num(9.0), expected.nan_to_num(9.0))
+    assert y[7, 2].isnan() and y[7, 1] == -torch.inf and y[3, 2] == torch.inf
 
 
 def test_what_a_chain_keeps(chained):

@@ -3,18 +3,21 @@
 #pragma once
 #include <cstdint>
 
+#include "fer/dtype.h"
 #include "fer/norm.h"
 
 namespace fer {
 
-// Every tensor is contiguous float32. With m, a group's columns are interleaved in the weight: x0, m0, x1, ...
+// Every tensor is contiguous, and float32 but for those of nodes and their gradients, which are of `dtype`: float32,
+// or bfloat16. With m, a group's columns are interleaved in the weight: x0, m0, x1, ...
 struct LinearCall {
+  Dtype dtype;
   int64_t rows, groups;
   int64_t in, out;  // channels of one group: of x, and of m; of y
   int64_t sides;    // 2 with m, which has no address where there are no rows; else 1
 
-  const float* x;       // (rows, groups * in)
-  const float* m;       // the same, or null
+  const void* x;        // (rows, groups * in)
+  const void* m;        // the same, or null
   const float* weight;  // (groups * out, sides * in)
 
   // What is multiplied is act((x - mean) / sqrt(var + eps) * scale + shift); mean is null where it is x. Without m.
@@ -27,17 +30,18 @@ struct LinearCall {
 
 struct LinearForward : LinearCall {
   const float* bias;  // (groups * out), or null
-  float* y;           // (rows, groups * out)
+  void* y;            // (rows, groups * out)
   float *y_mean = nullptr, *y_var = nullptr;  // (groups * out), or null: not wanted
 };
 
 struct LinearBackward : LinearCall {
-  const float* grad;  // (rows, groups * out)
-  float *dx, *dm;     // as x and m; null: not wanted
-  float* dweight;     // as the weight, or null: not wanted
+  const void* grad;  // (rows, groups * out)
+  void *dx, *dm;     // as x and m; null: not wanted
+  float* dweight;    // as the weight, or null: not wanted
 
   // Of y's statistics, where they were wanted; else y is null.
-  const float *y = nullptr, *y_mean = nullptr, *dy_mean = nullptr, *dy_var = nullptr;
+  const void* y = nullptr;  // (rows, groups * out)
+  const float *y_mean = nullptr, *dy_mean = nullptr, *dy_var = nullptr;
   // Of x's norm, where there is one, along with dx.
   float *dmean = nullptr, *dvar = nullptr, *dscale = nullptr, *dshift = nullptr;
 };
