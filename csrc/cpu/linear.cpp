@@ -279,7 +279,7 @@ struct Normed {
     const Element* x = of.x + r * of.pitch + from;
     pack_block<words>(rows, count, to, pitch, [&](int64_t c) {
       return [=, norm = by.from(from + c), step = of.pitch](int64_t row, auto part) {
-        return activate<act>(norm(load_lanes<float>(x + row * step + c, part)));
+        return activate<act, Element>(norm(load_lanes<float>(x + row * step + c, part)));
       };
     });
   }
@@ -597,7 +597,7 @@ struct InputSlopes {
         for (int i = 0; i < count; ++i) {
           const int64_t where = (r + i) * channels() + c + at;
           const Vec<float> d = load_lanes<float>(elements(call.x) + where, part) - mean;
-          const Vec<float> here = slope<act>(load(sums + (r + i - begin) * kWide + at), d * scale + shift);
+          const Vec<float> here = slope<act, Element>(load(sums + (r + i - begin) * kWide + at), d * scale + shift);
           s.of[i] += here;
           a.of[i] += here * d;
           store_lanes<float>(elements(call.dx) + where, here * scale, part);

@@ -121,7 +121,7 @@ void apply(const NormForward& call, int64_t begin, int64_t end) {
           fetch_ahead(x + at, channels);
           Vec<A> z = ((load_lanes<A>(x + at, part) - mean) * scale + bias) * gains.of[i];
           if constexpr (joined()) z += load_lanes<A>(residual + at, part);
-          store_lanes<A>(y + at, activate<act()>(z), part);
+          store_lanes<A>(y + at, activate<act(), R>(z), part);
         }
       });
     });
@@ -150,7 +150,7 @@ struct Slopes {
     if constexpr (act == NormAct::none) return;
     Vec<A> z = (d * scale + bias) * gain;
     if constexpr (joined) z += load_lanes<A>(residual + where, part);
-    dz = slope<act>(dz, z);
+    dz = slope<act, R>(dz, z);
   }
 };
 

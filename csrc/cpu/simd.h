@@ -73,6 +73,11 @@ template <class T>
 inline Vec<T> smaller(Vec<T> a, Vec<T> b) {
   return a < b ? a : b;
 }
+// a > b ? a : b, likewise.
+template <class T>
+inline Vec<T> larger(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
 template <class T>
 inline T total(Vec<T> v) {
   T sum = 0;
@@ -177,6 +182,10 @@ inline int append(uint32_t chosen, Vec<T> d, int first, T* values, int32_t* indi
 template <>
 inline Vec<float> smaller<float>(Vec<float> a, Vec<float> b) {
   return _mm512_min_ps(a, b);
+}
+template <>
+inline Vec<float> larger<float>(Vec<float> a, Vec<float> b) {
+  return _mm512_max_ps(a, b);
 }
 template <>
 inline void keep_larger<float>(Vec<float> value, int s, Vec<float>& best, Vec<int32_t>& slot) {
