@@ -206,20 +206,53 @@ def define(
         _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fer_kernels::{name}", fake, lib=_LIBRARY)
         backend = variant[1:] or "compiled"
-        if backward is not None:
-            torch.library.register_autograd(
-                f"fer_kernels::{name}",
-                functools.partial(backward, backend),
-                setup_context=setup_context,
-                lib=_LIBRARY,
-            )
-        overloads[backend] = getattr(torch.ops.fer_kernels, name).default
+        overload = getattr(torch.ops.fer_kernels, name).default
+        if backward is not None and setup_context is not None:
+            kernel = _differentiable(overload, functools.partial(backward, backend), setup_context)
+            _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+        overloads[backend] = overload
     compiled = overloads.pop("compiled")
     overloads |= {backend: compiled for backend in ("cpu", "cuda") if backend in operator.dtypes}
     if not suffix:
         operator.registered.update(overloads)
         OPERATORS[operator.name] = operator
     return overloads
+
+
+def _differentiable(
+    overload: Any, backward: Callable[..., tuple], setup_context: Callable[..., None]
+) -> Callable[..., Any]:
+    """The operator's kernel for autograd. As torch.library.register_autograd would make it, but for one thing:
+    that fills in defaults, of which our schemas have none, and looks through the schema for them in every
+    call, which takes as long as a small kernel."""
+
+    def below(keyset: Any, args: tuple) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        *inputs, keyset = args
+        output = below(keyset, tuple(inputs))
+        setup_context(ctx, tuple(inputs), output)
+        return output
+
+    def derive(ctx: Any, *gradients: Any) -> tuple:
+        needs = ctx.needs_input_grad
+        ctx.needs_input_grad = needs[:-1]  # without the keyset
+        try:
+            return (*backward(ctx, *gradients), None)
+        finally:
+            ctx.needs_input_grad = needs  # a graph that is kept comes here again
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(derive)}
+    function: Any = type(overload._opname, (torch.autograd.Function,), members)
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            return function.apply(*args, keyset)
+        return below(keyset, args)
+
+    return kernel
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
