@@ -23,6 +23,7 @@ inline Vec<A> load_lanes(const E* from, int count) {
   // lane by lane, rows of 24 channels would take two to three times as long
   const unsigned mask = (1u << count) - 1;
   if constexpr (std::is_same_v<E, float>) return _mm512_maskz_loadu_ps(mask, from);
+  if constexpr (std::is_same_v<E, BFloat16>) return widen_all(_mm256_maskz_loadu_epi16(mask, from));
   if constexpr (sizeof(E) == 2) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), _mm256_maskz_loadu_epi16(mask, from));
     return load_as<A>(lanes);

@@ -92,10 +92,7 @@ inline Vec<float> pairs(Vec<float> first, Vec<float> second) {
   const __m512i high = _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16);
   return reinterpret_cast<Vec<float>>(_mm512_permutexvar_epi16(_mm512_or_si512(low, high), both));
 }
-inline Vec<float> stored(Vec<float> v) {
-  const __m512i bits = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
-  return reinterpret_cast<Vec<float>>(_mm512_slli_epi32(bits, 16));
-}
+inline Vec<float> stored(Vec<float> v) { return widen_all(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v))); }
 #else
 inline Vec<float> stored(Vec<float> v) { return v; }
 #endif

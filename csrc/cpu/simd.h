@@ -344,12 +344,22 @@ template <>
 inline Vec<double> load_as<double, double>(const double* from) {
   return load(from);
 }
+#if defined(__AVX512F__)
+// BFloat16 numbers; one instruction, where the compiler makes four of a conversion.
+inline Vec<float> widen_all(__m256i bits) {
+  return reinterpret_cast<Vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+#endif
 template <>
 inline Vec<float> load_as<float, BFloat16>(const BFloat16* from) {
+#if defined(__AVX512F__)
+  return widen_all(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
   typedef uint16_t Halves __attribute__((vector_size(FER_VECTOR_BYTES / 2)));
   Halves bits;
   std::memcpy(&bits, from, sizeof bits);
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
+#endif
 }
 #if defined(__F16C__)
 template <>
