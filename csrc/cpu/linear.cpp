@@ -130,10 +130,10 @@ inline void copy_block(const T* from, int64_t from_pitch, int64_t rows, int64_t 
   });
 }
 
-// Numbers 0, 2, 4, ... from here on, as many as a vector has or `part` says.
+// Numbers 0, 2, 4, ... from here on, as many as a vector has or `part` says; and no number beyond is looked at.
 inline Vec<float> every_second(const float* from, Whole) {
   return [&]<int... l>(std::integer_sequence<int, l...>) {
-    return __builtin_shufflevector(load(from), load(from + kLane), 2 * l...);
+    return __builtin_shufflevector(load(from), load(from + kLane - 1), (l < kLane / 2 ? 2 * l : 2 * l + 1)...);
   }(std::make_integer_sequence<int, kLane>{});
 }
 inline Vec<float> every_second(const float* from, int part) {
@@ -407,70 +407,92 @@ int64_t part_rows(const LinearCall& call) {  // by the shape alone, so that sums
   return std::max<int64_t>(1, (call.rows + parts - 1) / parts);
 }
 int64_t weight_panels(const LinearCall& call) { return (call.in * call.sides + kWide - 1) / kWide; }
+int64_t units_across(const LinearCall& call) { return (weight_panels(call) + kPanels - 1) / kPanels; }
+int64_t units_down(const LinearCall& call) { return (tiles_of(call.out) + kTiles - 1) / kTiles; }
 
-struct WeightUnit {
-  int64_t part, group, begin, end;  // rows
-  int64_t from, to, top, bottom;    // panels, and tiles
-  WeightUnit(const LinearCall& call, int64_t unit) {
-    const int64_t panels = weight_panels(call), tiles = tiles_of(call.out);
-    const int64_t across = (panels + kPanels - 1) / kPanels, down = (tiles + kTiles - 1) / kTiles;
-    const int64_t p = unit % across, t = unit / across % down;
-    from = p * panels / across, to = (p + 1) * panels / across;
-    top = t * tiles / down, bottom = (t + 1) * tiles / down;
-    part = unit / (across * down), group = part % call.groups;
-    begin = part / call.groups * part_rows(call), end = std::min(call.rows, begin + part_rows(call));
+struct Unit {
+  int64_t from, to, top, bottom;  // panels, and tiles
+  Unit(const LinearCall& call, int64_t unit) {
+    const int64_t across = units_across(call), down = units_down(call), p = unit % across, t = unit / across % down;
+    from = p * weight_panels(call) / across, to = (p + 1) * weight_panels(call) / across;
+    top = t * tiles_of(call.out) / down, bottom = (t + 1) * tiles_of(call.out) / down;
   }
-  int64_t first_output(int64_t out) const { return tile_begin(out, top); }
-  int64_t outputs(int64_t out) const { return tile_begin(out, bottom) - first_output(out); }
 };
 
-// Units [begin, end) of grad(g)ᵀ x(g).
+// Units [begin, end) of one part, and what they are made of.
+struct PartOfUnits {
+  int64_t begin, end, part, group;
+  int64_t first, last, step;        // rows, and how many at once
+  int64_t from, to, top, bottom;    // panels, and tiles
+  int64_t at, columns, out, height;  // of x and m; of y
+  int64_t tiles = 0;
+  PartOfUnits(const LinearCall& call, int64_t unit, int64_t until) : begin(unit) {
+    const int64_t each = units_across(call) * units_down(call);
+    part = unit / each, group = part % call.groups, end = std::min(until, (part + 1) * each);
+    first = part / call.groups * part_rows(call), last = std::min(call.rows, first + part_rows(call));
+    const int64_t words = words_of(last - first), blocks = (words + kBlock - 1) / kBlock;
+    step = blocks ? (words + blocks - 1) / blocks * kTerms : 0;
+    from = weight_panels(call), to = 0, top = tiles_of(call.out), bottom = 0;
+    for (int64_t u = begin; u < end; ++u) {
+      const Unit of(call, u);
+      from = std::min(from, of.from), to = std::max(to, of.to), top = std::min(top, of.top), bottom = std::max(bottom, of.bottom);
+      tiles += (of.to - of.from) * (of.bottom - of.top);
+    }
+    at = from * kWide, columns = std::min(to * kWide, call.in * call.sides) - at;
+    out = tile_begin(call.out, top), height = tile_begin(call.out, bottom) - out;
+  }
+};
+
+// Units [begin, end) of grad(g)ᵀ x(g). Rows are packed once for all units of a part.
 template <class X, class Grad>
 void weight_units(const LinearCall& call, X x, Grad grad, float* parts, int64_t begin, int64_t end) {
   // Blocks of a panel and of a tile; the lines beyond keep those of the next from sharing cache sets.
   constexpr int64_t kPanel = kBlock * kWide + 32, kTile = kBlock * kPackedRows + 16;
   const int64_t out = call.out, terms = call.in * call.sides, pitch = weight_panels(call) * kWide;
-  const Buffer<float> left = allocate<float>(std::min(kTiles, tiles_of(out)) * kTile);
-  const Buffer<float> right = allocate<float>(std::min(kPanels, weight_panels(call)) * kPanel);
   const auto width = [&](int64_t p) { return std::min<int64_t>(kWide, terms - p * kWide); };
-  const auto height = [&](int64_t t) { return tile_begin(out, t + 1) - tile_begin(out, t); };
-  for (int64_t u = begin; u < end; ++u) {
-    const WeightUnit unit(call, u);
-    const int64_t words = words_of(unit.end - unit.begin), blocks = (words + kBlock - 1) / kBlock;
-    const int64_t step = (words + blocks - 1) / blocks * kTerms;
-    for (int64_t first = unit.begin; first < unit.end; first += step) {
-      const int64_t last = std::min(unit.end, first + step);
-      const auto rows_of_x = x(unit.group);
-      const auto rows_of_grad = grad(unit.group);
+  const bool one = end - begin <= 1;  // of several, a part may have all
+  const Buffer<float> left = allocate<float>((one ? std::min(kTiles, tiles_of(out)) : tiles_of(out)) * kTile);
+  const Buffer<float> right = allocate<float>((one ? std::min(kPanels, weight_panels(call)) : weight_panels(call)) * kPanel);
+  for (int64_t u = begin; u < end;) {
+    const PartOfUnits now(call, u, end);
+    u = now.end;
+    const auto rows_of_x = x(now.group);
+    const auto rows_of_grad = grad(now.group);
+    for (int64_t first = now.first; first < now.last; first += now.step) {
+      const int64_t last = std::min(now.last, first + now.step);
       for (int64_t r = first; r < last; r += kPackRows) {
-        const int64_t rows = std::min(kPackRows, last - r);
-        for (int64_t p = unit.from; p < unit.to; ++p)
-          rows_of_x.template pack<Words::across>(r, rows, p * kWide, width(p),
-                                                 right.get() + (p - unit.from) * kPanel + (r - first) / kTerms * kWide, kWide);
-        for (int64_t t = unit.top; t < unit.bottom; ++t)
-          rows_of_grad.template pack<Words::across>(r, rows, tile_begin(out, t), height(t),
-                                                    left.get() + (t - unit.top) * kTile + (r - first) / kTerms * kPackedRows,
+        const int64_t rows = std::min(kPackRows, last - r), word = (r - first) / kTerms;
+        for (int64_t p = now.from; p < now.to; ++p)
+          rows_of_x.template pack<Words::across>(r, rows, p * kWide, width(p), right.get() + (p - now.from) * kPanel + word * kWide,
+                                                 kWide);
+        for (int64_t t = now.top; t < now.bottom; ++t) {
+          const int64_t o = tile_begin(out, t), height = tile_begin(out, t + 1) - o;
+          rows_of_grad.template pack<Words::across>(r, rows, o, height, left.get() + (t - now.top) * kTile + word * kPackedRows,
                                                     kPackedRows);
-      }
-      // What is packed next, of this unit or of the one after it.
-      const bool same = last < unit.end;
-      const WeightUnit next = same || u + 1 == end ? unit : WeightUnit(call, u + 1);
-      const int64_t later = same ? last : next.begin, times = (unit.to - unit.from) * (unit.bottom - unit.top);
-      const int64_t rows = same || u + 1 < end ? std::min(next.end, later + step) - later : 0;
-      const int64_t at = next.from * kWide, count = std::min(next.to * kWide, terms) - at;
-      auto of_x = x(next.group).ahead(later, rows, at, count, times);
-      auto of_grad = grad(next.group).ahead(later, rows, next.first_output(out), next.outputs(out), times);
-      float* sums = parts + unit.part * out * pitch;
-      for (int64_t p = unit.from; p < unit.to; ++p)
-        for (int64_t t = unit.top; t < unit.bottom; ++t) {
-          for (auto* memory : {&of_x[0], &of_x[1], &of_grad[0], &of_grad[1]}) memory->fetch();
-          const bool fresh = first == unit.begin;
-          float* to = sums + tile_begin(out, t) * pitch + p * kWide;
-          for (int64_t i = 0; i < (fresh ? 0 : height(t)); ++i)
-            for (int v = 0; v < kWide; v += 16) __builtin_prefetch(to + i * pitch + v, 1, 3);
-          tile_sums<1, kPackedRows>(fresh, left.get() + (t - unit.top) * kTile, right.get() + (p - unit.from) * kPanel,
-                                    words_of(last - first), height(t), static_cast<int>(width(p)), to, pitch);
         }
+      }
+      // What is packed next, of this part or of the one after it.
+      const bool same = last < now.last;
+      const PartOfUnits next(call, same || u == end ? now.begin : u, same || u == end ? now.end : end);
+      const int64_t later = same ? last : next.first;
+      const int64_t rows = same || u < end ? std::min(next.last, later + next.step) - later : 0;
+      auto of_x = x(next.group).ahead(later, rows, next.at, next.columns, now.tiles);
+      auto of_grad = grad(next.group).ahead(later, rows, next.out, next.height, now.tiles);
+      float* sums = parts + now.part * out * pitch;
+      const bool fresh = first == now.first;
+      for (int64_t v = now.begin; v < now.end; ++v) {
+        const Unit unit(call, v);
+        for (int64_t p = unit.from; p < unit.to; ++p)
+          for (int64_t t = unit.top; t < unit.bottom; ++t) {
+            for (auto* memory : {&of_x[0], &of_x[1], &of_grad[0], &of_grad[1]}) memory->fetch();
+            const int64_t o = tile_begin(out, t), height = tile_begin(out, t + 1) - o;
+            float* to = sums + o * pitch + p * kWide;
+            for (int64_t i = 0; i < (fresh ? 0 : height); ++i)
+              for (int n = 0; n < kWide; n += 16) __builtin_prefetch(to + i * pitch + n, 1, 3);
+            tile_sums<1, kPackedRows>(fresh, left.get() + (t - now.top) * kTile, right.get() + (p - now.from) * kPanel,
+                                      words_of(last - first), height, static_cast<int>(width(p)), to, pitch);
+          }
+      }
     }
   }
 }
@@ -689,9 +711,7 @@ void linear_merge_gradients(const LinearBackward& call) {
 
 int64_t linear_parts(const LinearCall& call) { return call.groups * ((call.rows + part_rows(call) - 1) / part_rows(call)); }
 int64_t linear_part_size(const LinearCall& call) { return call.out * weight_panels(call) * kWide; }
-int64_t linear_part_units(const LinearCall& call) {
-  return ((weight_panels(call) + kPanels - 1) / kPanels) * ((tiles_of(call.out) + kTiles - 1) / kTiles);
-}
+int64_t linear_part_units(const LinearCall& call) { return units_across(call) * units_down(call); }
 
 void linear_weight_parts(const LinearBackward& call, float* parts, int64_t begin, int64_t end) {
   const AllConstants norm = norm_of_x(call), tilt = tilt_of_y(call);
