@@ -225,10 +225,24 @@ struct Ahead {
         rows(rows),
         each((rows + times - 1) / times) {}
   void fetch() {
+    lines([](const char* line) { __builtin_prefetch(line, 0, 2); });
+  }
+  // Of rows that are to be written: a store waits for memory too.
+  void claim() {
+    lines([](const char* line) {
+#if defined(__AVX2__)  // else the compiler takes a prefetch for reading
+      asm volatile("prefetchw %0" ::"m"(*line));
+#else
+      __builtin_prefetch(line, 1);
+#endif
+    });
+  }
+  template <class F>
+  void lines(F f) {
     const int64_t now = std::min(each, rows);
     rows -= now;
     for (int64_t i = 0; i < now; ++i, row += pitch)
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+      for (int64_t b = 0; b < bytes; b += 64) f(row + b);
   }
 };
 
@@ -342,14 +356,16 @@ void tile_sums(bool fresh, const float* left, const float* right, int64_t words,
 }
 
 // What becomes of a panel's sums, a tile of rows after the other: they are written down, plus a number for each
-// column, where there is one. Nothing reads again what it wrote: such stores may wait for memory, and loads whose
+// column, where there is one. reads() and writes() are the memory that rows() reads and writes, within so many calls
+// of fetch() and claim(). Nothing reads again what it wrote: such stores may wait for memory, and loads whose
 // addresses end in the same twelve bits, as rows' often do, for them.
 struct Written {
   Element* to;  // the panel's columns
-  int64_t pitch, columns;
+  int64_t pitch, columns, first, last;
   const float* added = nullptr;
 
-  Ahead ahead(int64_t) const { return {}; }  // the memory that rows() reads, within so many calls of fetch()
+  Ahead reads(int64_t) const { return {}; }
+  Ahead writes(int64_t times) const { return {to + first * pitch, pitch, columns, last - first, times}; }
   void rows(int64_t begin, int64_t end, const float* sums) const {
     for_channels<float>(columns, [&](int64_t at, auto part) {
       const Vec<float> plus = added ? load_lanes<float>(added + at, part) : Vec<float>{};
@@ -371,17 +387,18 @@ void rows_product(int64_t groups, int64_t terms, int64_t panels, In in, Finish f
     for (int64_t g = 0; g < groups; ++g) {
       pack_rows(in(g), terms, first, last, left.get());
       const int64_t times = stretches(words) * tiles_of(last - first);
-      const bool same = g + 1 < groups;  // rows come next
-      const int64_t later = same ? first : last, rows = (same ? last : std::min(end, last + kChunk)) - later;
-      const auto inputs_ahead = in(same ? g + 1 : 0).ahead(later, rows, 0, terms, times * panels);
-      Ahead next[3] = {inputs_ahead[0], inputs_ahead[1], {}};
+      // Rows that come next: of the next group, or the next chunk.
+      const int64_t g_next = g + 1 < groups ? g + 1 : 0, first_next = g_next ? first : last;
+      const int64_t last_next = g_next ? last : std::min(end, last + kChunk);
+      auto inputs_next = in(g_next).ahead(first_next, last_next - first_next, 0, terms, times * panels);
       for (int64_t p = 0; p < panels; ++p) {
         auto finishing = finish(g, p, first, last);
-        next[2] = finishing.ahead(times);
+        const auto panel_next = p + 1 < panels ? finish(g, p + 1, first, last) : finish(g_next, 0, first_next, last_next);
+        Ahead reads_next = panel_next.reads(times), writes_next = panel_next.writes(times);
         const float* panel = packed + (g * panels + p) * words * kWide;
         for (int64_t from = 0; from < words; from += step)
           for (int64_t r = first; r < last; r += kRows) {
-            for (Ahead& memory : next) memory.fetch();
+            inputs_next[0].fetch(), inputs_next[1].fetch(), reads_next.fetch(), writes_next.claim();
             const int64_t until = std::min<int64_t>(last, r + kRows);
             float* tile = sums.get() + (r - first) * kWide;
             tile_sums<kPitch, 1>(from == 0, left.get() + (r - first) / kRows * size + from / step * kRows * kPitch,
@@ -563,7 +580,8 @@ struct Stats {
   Vec<float> centre[2] = {}, sum[2] = {}, square[2] = {};
 
   int64_t channels() const { return call.groups * call.out; }
-  Ahead ahead(int64_t) const { return {}; }
+  Ahead reads(int64_t) const { return {}; }
+  Ahead writes(int64_t times) const { return {elements(call.y) + first * channels() + c, channels(), columns, last - first, times}; }
   void rows(int64_t begin, int64_t end, const float* sums) {
     for_channels<float>(columns, [&](int64_t at, auto part) {
       const int64_t v = at / kLane;
@@ -606,7 +624,8 @@ struct InputSlopes {
   Vec<float> sum[2] = {}, along[2] = {};
 
   int64_t channels() const { return call.groups * call.in; }
-  Ahead ahead(int64_t times) const { return {elements(call.x) + first * channels() + c, channels(), columns, last - first, times}; }
+  Ahead reads(int64_t times) const { return {elements(call.x) + first * channels() + c, channels(), columns, last - first, times}; }
+  Ahead writes(int64_t times) const { return {elements(call.dx) + first * channels() + c, channels(), columns, last - first, times}; }
   void rows(int64_t begin, int64_t end, const float* sums) {
     for_channels<float>(columns, [&](int64_t at, auto part) {
       const int64_t v = at / kLane;
@@ -662,9 +681,9 @@ void linear(const LinearForward& call, const void* packed, int64_t begin, int64_
         return Stats{call, g * call.out + p * kWide, columns(p), first, last};
       });
     else
-      run([&](int64_t g, int64_t p, int64_t, int64_t) {
+      run([&](int64_t g, int64_t p, int64_t first, int64_t last) {
         const int64_t c = g * call.out + p * kWide;
-        return Written{elements(call.y) + c, call.groups * call.out, columns(p), call.bias ? call.bias + c : nullptr};
+        return Written{elements(call.y) + c, call.groups * call.out, columns(p), first, last, call.bias ? call.bias + c : nullptr};
       });
   });
 }
@@ -680,9 +699,9 @@ void linear_input_gradient(const LinearBackward& call, const void* packed, int64
       rows_product(call.groups, call.out, Panel::all(call, true), grad, finish, static_cast<const float*>(packed), begin, end);
     };
     if (!call.mean)
-      return run([&](int64_t g, int64_t p, int64_t, int64_t) {
+      return run([&](int64_t g, int64_t p, int64_t first, int64_t last) {
         const Panel panel(call, true, p);
-        return Written{elements(panel.side ? call.dm : call.dx) + g * call.in + panel.at, call.groups * call.in, panel.columns};
+        return Written{elements(panel.side ? call.dm : call.dx) + g * call.in + panel.at, call.groups * call.in, panel.columns, first, last};
       });
     with_activation(call.act, [&](auto act) {
       run([&](int64_t g, int64_t p, int64_t first, int64_t last) {
