@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import os
 import sys
@@ -69,7 +70,9 @@ USER_MISTAKE, STOPPED, INTERRUPTED = 2, 1, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_nearest_option(unknown, options.known)}")
     # Imports that take seconds come after the help
     from fer_kernels.dispatch import BackendError
 
@@ -227,7 +230,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     info.add_argument("--models", action="store_true", help="models and their sizes only")
     info.set_defaults(run=_info)
+    for command in (*commands.choices.values(), *actions.choices.values()):
+        command.set_defaults(known=[flag for action in command._actions for flag in action.option_strings])
     return parser
+
+
+def _nearest_option(unknown: Sequence[str], known: Sequence[str]) -> str:
+    flags = [text.partition("=")[0] for text in unknown if text.startswith("--")]
+    near = [found for flag in flags for found in difflib.get_close_matches(flag, known, 1, cutoff=0.75)]
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _add_batch(parser: argparse.ArgumentParser, size: int = 64) -> None:

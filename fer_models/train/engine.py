@@ -569,12 +569,15 @@ def _to_tensorboard(folder: Path, row: dict[str, Any]) -> None:
 
 def fit(config: TrainConfig, folder: str | Path, resume: str = "never") -> dict[str, float]:
     """A whole run, in this process's place among those of torchrun; returns the best checkpoint's metrics."""
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     with joined(config.device) as world:
         try:
             trainer = Trainer(config, folder, world, resume)
         except BaseException:
-            if world.main:  # a mistake leaves no empty folder behind
+            if world.main:  # a mistake leaves no empty folders behind
                 with contextlib.suppress(OSError):
-                    Path(folder).rmdir()
+                    for path in made or [folder]:
+                        path.rmdir()
             raise
         return trainer.fit()

@@ -167,6 +167,29 @@ def test_a_mistake_leaves_no_folder(tmp_path, capsys):
     assert f"no file {out}.yaml" in fails(capsys, "train", f"{out}.yaml")
 
 
+def test_a_mistake_leaves_no_parents(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, "train", "--model", "nosuch", "--data", "synthetic")
+    assert not list(tmp_path.iterdir())
+    fails(capsys, "train", "--model", "nosuch", "--data", "synthetic", "--out", "a/b/c")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, hint",
+    [
+        (("train", "--modle", "vig_ti"), "arguments: --modle vig_ti; did you mean --model?"),
+        (("predict", "a.png", "--bacth-size=3"), "did you mean --batch-size?"),
+        (("data", "speed", "x", "--wrokers", "2"), "did you mean --workers?"),
+        (("train", "--foo"), "unrecognized arguments: --foo\n"),
+    ],
+)
+def test_misspelt_options(arguments, hint, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2 and hint in capsys.readouterr().err
+
+
 def test_resuming_by_the_folder_alone(run, tmp_path, capsys, monkeypatch):
     """The run's own configuration; without --out the last run that has a checkpoint, not the last folder."""
     folder = tmp_path / "runs" / "face2nodes_nano-synthetic-1"
