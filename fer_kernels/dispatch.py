@@ -222,9 +222,9 @@ def define(
 def _differentiable(
     overload: Any, backward: Callable[..., tuple], setup_context: Callable[..., None]
 ) -> Callable[..., Any]:
-    """The operator's kernel for autograd. As torch.library.register_autograd would make it, but for one thing:
-    that fills in defaults, of which our schemas have none, and looks through the schema for them in every
-    call, which takes as long as a small kernel."""
+    """The operator's kernel for autograd. As torch.library.register_autograd would make it, but that fills in
+    defaults, of which our schemas have none, and looks through the schema for them in every call, which takes
+    as long as a small kernel."""
 
     def below(keyset: Any, args: tuple) -> Any:
         with torch._C._AutoDispatchBelowAutograd():

@@ -178,7 +178,7 @@ def test_a_mistake_leaves_no_parents(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, hint",
     [
-        (("train", "--modle", "vig_ti"), "arguments: --modle vig_ti; did you mean --model?"),
+        (("train", "--modle", "vig_ti"), "arguments: --modle; did you mean --model?"),
         (("predict", "a.png", "--bacth-size=3"), "did you mean --batch-size?"),
         (("data", "speed", "x", "--wrokers", "2"), "did you mean --workers?"),
         (("train", "--foo"), "unrecognized arguments: --foo\n"),
