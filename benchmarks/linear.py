@@ -1,4 +1,6 @@
-"""linear: products of a network's nodes with a weight, in a training step."""
+"""linear: products of a network's nodes with a weight, in a training step; and normed_linear: two products, a
+batch norm and GELU between them, a batch norm and the residual behind, as in a ViG block's perceptron.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fer_kernels
+from fer_kernels.linear.op import NORMED, OPERATOR
 
 from .gate import unit_roundoff, value_problem
 from .providers import ours, step
@@ -25,6 +28,9 @@ LAYERS = (
     (1568, 640, 640, 1),
     (1568, 1280, 1280, 4),
 )
+# Rows, columns and hidden columns of a perceptron, in the same two networks.
+PERCEPTRONS = ((3136, 192, 768), (1568, 640, 2560))
+EPS = 1e-5
 
 
 def _cases() -> Iterator[Case]:
@@ -41,6 +47,19 @@ def _cases() -> Iterator[Case]:
                 devices=("cpu",),
                 direction=direction,
                 tags=("grouped" if groups > 1 else "plain",),
+            )
+    for rows, width, hidden in PERCEPTRONS:
+        for dtype in (torch.float32, torch.bfloat16):
+            yield Case(
+                op="linear",
+                name=f"perceptron-n{rows}-c{width}-h{hidden}",
+                shape={"N": rows, "C": width, "H": hidden},
+                dtype=dtype,
+                cost=_perceptron_cost(rows, width, hidden, dtype),
+                make_inputs=_perceptron_inputs,
+                devices=("cpu",),
+                direction="backward",
+                tags=("perceptron",),
             )
 
 
@@ -67,7 +86,77 @@ def _make_inputs(case: Case, generator: torch.Generator) -> Inputs:
     return inputs | ({"grad": draw(rows, out)} if case.direction == "backward" else {})
 
 
+def _perceptron_cost(rows: int, width: int, hidden: int, dtype: torch.dtype) -> Cost:
+    """x, y and their gradients once; the weights and theirs, in float32, once."""
+    nodes = dtype.itemsize * 4 * rows * width
+    return Cost(bytes=nodes + 4 * 4 * width * hidden, flops=3 * 2 * 2 * rows * width * hidden)
+
+
+def _perceptron_inputs(case: Case, generator: torch.Generator) -> Inputs:
+    """Parameters in float32, as under autocast."""
+    rows, width, hidden = (case.shape[name] for name in "NCH")
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "x": draw(rows, width).to(case.dtype),
+        "weight": draw(hidden, width) / width**0.5,
+        "scale": 1 + 0.1 * draw(hidden),
+        "shift": 0.1 * draw(hidden),
+        "second": draw(width, hidden) / hidden**0.5,
+        "scale_of_second": 1 + 0.1 * draw(width),
+        "shift_of_second": 0.1 * draw(width),
+        "grad": draw(rows, width).to(case.dtype),
+    }
+
+
+def _perceptron_of_torch(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    second: Tensor,
+    scale_of_second: Tensor,
+    shift_of_second: Tensor,
+) -> Tensor:
+    def norm(y: Tensor, *affine: Tensor) -> Tensor:
+        return F.batch_norm(y, None, None, *affine, training=True, eps=EPS)
+
+    hidden = F.gelu(norm(F.linear(x, weight.to(x.dtype)), scale, shift))
+    return x + norm(F.linear(hidden, second.to(x.dtype)), scale_of_second, shift_of_second)
+
+
+def _run_perceptron(case: Case, backend: str) -> Callable[[Inputs], Any]:
+    def function(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        second: Tensor,
+        scale_of_second: Tensor,
+        shift_of_second: Tensor,
+    ) -> Tensor:
+        hidden, *statistics = fer_kernels.normed_linear(x, weight, backend=backend)
+        norm = fer_kernels.RowNorm(*statistics, scale, shift, EPS, "gelu")
+        y, *statistics = fer_kernels.normed_linear(hidden, second, norm=norm, backend=backend)
+        return fer_kernels.batch_norm_act(
+            y,
+            scale_of_second,
+            shift_of_second,
+            residual=x,
+            statistics=(statistics[0], statistics[1]),
+            eps=EPS,
+            backend=backend,
+        )
+
+    return step(case, function)
+
+
 def _run_ours(case: Case, backend: str) -> Callable[[Inputs], Any]:
+    if "perceptron" in case.tags:
+        return _run_perceptron(case, backend)
+
     def function(x: Tensor, weight: Tensor, m: Tensor | None = None) -> Tensor:
         return fer_kernels.linear(x, weight, m=m, groups=case.shape["G"], backend=backend)
 
@@ -76,6 +165,8 @@ def _run_ours(case: Case, backend: str) -> Callable[[Inputs], Any]:
 
 def _of_torch(case: Case) -> Callable[..., Tensor]:
     """As ViG does it: x and m interleaved, and a 1 x 1 convolution in groups."""
+    if "perceptron" in case.tags:
+        return _perceptron_of_torch
     groups = case.shape["G"]
 
     def function(x: Tensor, weight: Tensor, m: Tensor | None = None) -> Tensor:
@@ -97,7 +188,7 @@ def _open_compile(case: Case, device: str) -> Callable[[Inputs], Any]:
 
 
 def _bmm_why_not(case: Case, device: str) -> str | None:
-    return None if case.shape["G"] > 1 else "there are no groups"
+    return None if case.shape.get("G", 1) > 1 else "there are no groups"
 
 
 def _open_bmm(case: Case, device: str) -> Callable[[Inputs], Any]:
@@ -121,7 +212,15 @@ def judge(
     outputs: dict[str, Tensor],
     arithmetic: torch.dtype,
 ) -> str | None:
-    """Sixteen roundings of a number as large as a sum of as many random terms."""
+    """Sixteen roundings of a number as large as a sum of as many random terms; of a perceptron, as a norm,
+    four of what is rounded to the case's dtype, and 64 of float32."""
+    if "perceptron" in case.tags:
+        share = 4 * unit_roundoff(case.dtype) + 64 * unit_roundoff(torch.float32)
+        for name, value in expected.items():
+            off = (outputs[name].double() - value).norm() / value.norm()
+            if not off <= share:
+                return f"{name} is off by {off:.2e} of its norm, allowed are {share:.2e}"
+        return None
     terms = {"y": case.shape["C"], "dweight": case.shape["N"]}
     for name, value in expected.items():
         scale = value.square().mean().sqrt()
@@ -139,7 +238,7 @@ register(
         op="linear",
         cases=tuple(_cases()),
         providers=(
-            *ours("linear", _run_ours),
+            *ours("linear", _run_ours, lambda case: NORMED if "perceptron" in case.tags else OPERATOR),
             Provider("eager", _open_eager),
             Provider("compile", _open_compile),
             Provider("bmm", _open_bmm, _bmm_why_not),

@@ -14,16 +14,22 @@ from fer_kernels import dispatch
 from .registry import Case, Inputs, Provider
 
 
-def ours(op: str, run: Callable[[Case, str], Callable[[Inputs], Any]]) -> tuple[Provider, ...]:
-    """One provider a backend of `op`; run(case, backend) returns the call on that backend.
+def ours(
+    op: str,
+    run: Callable[[Case, str], Callable[[Inputs], Any]],
+    operator_of: Callable[[Case], dispatch.Operator] | None = None,
+) -> tuple[Provider, ...]:
+    """One provider a backend of `op`; run(case, backend) returns the call on that backend, and
+    operator_of(case) is the operator that says what it takes, if that is not the same for all cases.
 
     Our backends accumulate half-precision input in float32 and are held to that.
     """
+    operator_of = operator_of or (lambda case: dispatch.OPERATORS[op])
     return tuple(
         Provider(
             f"ours-{backend}",
             open=functools.partial(_open, run, backend),
-            why_not=functools.partial(_backend_problem, op, backend),
+            why_not=functools.partial(_backend_problem, operator_of, backend),
             role="ours",
             arithmetic=torch.float32,
         )
@@ -37,11 +43,13 @@ def _open(
     return run(case, backend)
 
 
-def _backend_problem(op: str, backend: str, case: Case, device: str) -> str | None:
+def _backend_problem(
+    operator_of: Callable[[Case], dispatch.Operator], backend: str, case: Case, device: str
+) -> str | None:
     if backend == "triton" and dispatch.TRITON_INTERPRETED:
         return "Triton's interpreter is for tests, not for timing"
     probe = torch.empty(0, dtype=case.dtype, device=device)
-    operator = dispatch.OPERATORS[op]
+    operator = operator_of(case)
     reasons = [*operator.missing_reasons(backend), *operator.not_supported_reasons(backend, probe)]
     return "; ".join(dict.fromkeys(reasons)) or None
 
