@@ -173,7 +173,7 @@ def summary(rows: Iterable[Row]) -> str:
             table += [_summary_line(section, contender) for contender in contenders(section)]
         blocks.append(f"On {_where(of_machine[0])}:")
         blocks.append(_markdown(table, left=3))
-    return "\n\n".join([*blocks, LEGEND_OF_SUMMARY]) + "\n" if blocks else "No results.\n"
+    return "\n\n".join([LEGEND_OF_SUMMARY, *blocks]) + "\n" if blocks else "No results.\n"
 
 
 def _summary_line(section: list[Row], contender: str) -> list[str]:
