@@ -242,7 +242,7 @@ class Projection(nn.Module):
             return None
         if isinstance(x, Unfinished):
             norm = x.norm
-        if m is not None and (norm or nodes.shape[-1] % linear.groups):
+        if m is not None and (norm or nodes.shape[-1] % linear.groups or m.dtype not in (dtype, nodes.dtype)):
             return None
         rows, of_m = nodes.flatten(0, -2).to(dtype), None if m is None else m.flatten(0, -2).to(dtype)
         y, mean, var = normed_linear(rows, linear.weight, norm=norm, m=of_m, groups=linear.groups)

@@ -22,7 +22,7 @@ RUNS = [(b, t) for b in BACKENDS for t in (torch.float32, torch.bfloat16) if t i
 each_run = pytest.mark.parametrize("backend, dtype", RUNS)
 ACTS = [None, "relu", "gelu"]
 EPS = 1e-3
-GELU_OFF = 2.4e-7  # the kernel's GELU, by z, as csrc/cpu/channels.h says
+GELU_OFF = {torch.float32: 2.4e-7, torch.bfloat16: 1.1e-5}  # the kernel's Φ, as csrc/cpu/channels.h says
 
 
 class Problem:
@@ -78,7 +78,7 @@ class Problem:
         if noise is None or self.act != "gelu":
             return exact
         off = torch.randn(z.shape, generator=noise) + torch.randn(z.shape[1:], generator=noise)
-        return exact + z * (GELU_OFF * off)
+        return exact + z * (GELU_OFF[self.dtype] * off)
 
     def run(self, function, exact: bool = False, noise: torch.Generator | None = None) -> dict[str, Tensor]:
         """`exact`: in float64. Else nodes are of `dtype`, and all other tensors of what accumulates that."""
@@ -383,6 +383,27 @@ def test_norm_by_given_statistics_in_every_dtype(backend, dtype, act):
         )
 
 
+@each_norm_backend
+@pytest.mark.parametrize("dtype, off, off_slope", [(torch.float32, 2e-6, 2e-6), (torch.bfloat16, 7e-6, 7e-5)])
+def test_gelu_and_its_slope(backend, dtype, off, off_slope):
+    """To what the documents say, and never of the wrong sign."""
+    z = torch.linspace(-9, 9, 30_001).to(dtype).unsqueeze(1).requires_grad_()
+    standard = torch.zeros(1), torch.ones(1)
+    y = batch_norm_act(z, statistics=standard, act="gelu", eps=0.0, backend=backend)
+    y.sum().backward()
+    exact = z.detach().double().requires_grad_()
+    expected = F.gelu(exact)
+    expected.sum().backward()
+    rounding = torch.finfo(dtype).eps / 2
+    assert ((y.double() - expected).abs() <= off + rounding * expected.abs()).all()
+    assert ((z.grad.double() - exact.grad).abs() <= off_slope + rounding * exact.grad.abs()).all()
+    assert (y * z >= 0).all()
+    far = torch.tensor([[-3e4], [3e4], [torch.nan]]).to(dtype)
+    y = batch_norm_act(far, statistics=standard, act="gelu", eps=0.0, backend=backend).flatten()
+    assert -3e4 * GELU_OFF[torch.float32] <= y[0] <= 0 and y[2].isnan()
+    torch.testing.assert_close(y[1], far[1, 0])
+
+
 @pytest.mark.parametrize(
     "statistics, message",
     [
@@ -508,15 +529,17 @@ def test_in_which_dtype_modules_chain(monkeypatch):
     here = "cpu" in BACKENDS
     low = torch.bfloat16 if here and extension.BFLOAT16_PRODUCTS else None
     assert op.chain_dtype(x, weight) == (torch.float32 if here else None)
-    assert op.chain_dtype(x.bfloat16(), weight) == low
+    assert op.chain_dtype(x.bfloat16(), weight.bfloat16()) == low
+    assert op.chain_dtype(x.bfloat16(), weight) is None  # torch's product says why
     assert op.chain_dtype(x.half(), weight) is None and op.chain_dtype(x.double(), weight) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert op.chain_dtype(x, weight) == op.chain_dtype(x.bfloat16(), weight) == low
         assert op.chain_dtype(x.double(), weight) is None
+        assert op.chain_dtype(x, weight.bfloat16()) == low and op.chain_dtype(x, weight.double()) is None
     with torch.autocast("cpu", torch.float16):
-        assert op.chain_dtype(x, weight) is None
+        assert op.chain_dtype(x, weight) is None and op.chain_dtype(x.bfloat16(), weight) is None
     monkeypatch.setattr(extension, "BFLOAT16_PRODUCTS", False)
-    assert op.chain_dtype(x.bfloat16(), weight) is None
+    assert op.chain_dtype(x.bfloat16(), weight.bfloat16()) is None
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS or not extension.BFLOAT16_PRODUCTS, reason="no kernel for bfloat16")
