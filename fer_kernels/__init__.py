@@ -2,6 +2,7 @@
 
 import importlib
 
+from .conv.op import normed_conv
 from .dispatch import available_backends, use_backend
 from .jad.op import JADStats, attention_column_mean, jad_attention
 from .knn.op import dilated_knn, to_edge_index
@@ -19,6 +20,7 @@ __all__ = [
     "dilated_knn",
     "jad_attention",
     "linear",
+    "normed_conv",
     "normed_linear",
     "relation_aggregate",
     "reverse_graph",

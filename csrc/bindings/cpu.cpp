@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/conv.h"
 #include "bindings/jad.h"
 #include "bindings/knn.h"
 #include "bindings/linear.h"
@@ -427,11 +428,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_normed
                                                           FER_PICK_NORMED(linear_chunk)());
   if (need_nodes) {
     run_rows<fer::LinearBackward>(call, x, true, FER_LINEAR_ROWS(FER_PICK_NORMED, linear_input_gradient));
-    if (mean) FER_PICK_NORMED(linear_merge_gradients)(call);
+    const int64_t chunk = FER_PICK_NORMED(linear_chunk)();
+    if (mean) FER_PICK_NORMED(linear_merge_gradients)(call, (call.rows + chunk - 1) / chunk);
   }
   if (need_weight) run_weight(call, x, FER_LINEAR_WEIGHT(FER_PICK_NORMED));
   const auto& d = call.dnorm;
   return {call.dx_tensor, call.dm_tensor, call.dweight_tensor, d[0], d[1], d[2], d[3]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv(const Tensor& x, const Tensor& weight, std::optional<Tensor> mean,
+                                        std::optional<Tensor> var, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                                        int64_t stride, int64_t padding, double eps, int64_t act) {
+  const bool bfloat16 = check_dtype(x, true);
+  const auto call = fer::bindings::conv_forward(x, weight, mean, var, scale, shift, stride, padding, eps, act,
+                                                FER_PICK_NORMED(linear_chunk)());
+  run_rows<fer::LinearForward>(call, x, false, FER_LINEAR_ROWS(FER_PICK_NORMED, linear));
+  FER_PICK_NORMED(linear_merge_stats)(call);
+  return {call.y_tensor, call.mean_tensor, call.var_tensor};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
+    const Tensor& grad, const Tensor& dy_mean, const Tensor& dy_var, const Tensor& x, const Tensor& weight,
+    std::optional<Tensor> mean, std::optional<Tensor> var, std::optional<Tensor> scale, std::optional<Tensor> shift,
+    const Tensor& y, const Tensor& y_mean, int64_t stride, int64_t padding, double eps, int64_t act, bool need_map,
+    bool need_weight) {
+  const bool bfloat16 = check_dtype(x, true);
+  const auto call = fer::bindings::conv_backward(grad, dy_mean, dy_var, x, weight, mean, var, scale, shift, y, y_mean, stride,
+                                                 padding, eps, act, need_map, need_weight, FER_PICK_NORMED(linear_chunk)());
+  for (const auto& kind : call.kinds)
+    run_rows<fer::LinearBackward>(kind, x, true, FER_LINEAR_ROWS(FER_PICK_NORMED, linear_input_gradient));
+  if (need_map && mean) {
+    fer::LinearBackward of_norm = call;
+    of_norm.in = call.kinds[0].in;
+    FER_PICK_NORMED(linear_merge_gradients)(of_norm, call.chunks);
+  }
+  if (need_weight) run_weight(call, x, FER_LINEAR_WEIGHT(FER_PICK_NORMED));
+  const auto& d = call.dnorm;
+  return {call.dx_tensor, call.dweight_tensor, d[0], d[1], d[2], d[3]};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fer_kernels, CPU, m) {
@@ -451,6 +484,8 @@ STABLE_TORCH_LIBRARY_IMPL(fer_kernels, CPU, m) {
   m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("linear_normed", TORCH_BOX(&linear_normed));
   m.impl("linear_normed_backward", TORCH_BOX(&linear_normed_backward));
+  m.impl("conv", TORCH_BOX(&conv));
+  m.impl("conv_backward", TORCH_BOX(&conv_backward));
 }
 
 }  // namespace

@@ -76,9 +76,9 @@ inline LinearBackwardCall linear_backward(const Tensor& grad, const Tensor& x, c
   return call;
 }
 
-// x's norm, where it has one: its statistics, and a weight and bias or null.
+// x's norm, where it has one, over its `channels`: its statistics, and a weight and bias or null.
 template <class Call>
-void fill_linear_norm(Call& call, const Tensor& x, const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
+void fill_linear_norm(Call& call, const Tensor& x, int64_t channels, const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
                       const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, double eps, int64_t act) {
   STD_TORCH_CHECK(act >= 0 && act <= static_cast<int64_t>(NormAct::gelu), "linear: unknown act ", act);
   STD_TORCH_CHECK(mean.has_value() == var.has_value(), "linear: x has both statistics or none");
@@ -88,10 +88,22 @@ void fill_linear_norm(Call& call, const Tensor& x, const std::optional<Tensor>& 
   const std::optional<Tensor>* from[] = {&mean, &var, &scale, &shift};
   for (int i = 0; i < 4; ++i) {
     if (!*from[i]) continue;
-    STD_TORCH_CHECK(is_float(**from[i], x, {x.size(1)}), "linear: a norm's tensors must be (C_in,) and float32");
+    STD_TORCH_CHECK(is_float(**from[i], x, {channels}), "linear: a norm's tensors must be (C_in,) and float32");
     *to[i] = float_input(call, **from[i]);
   }
-  call.eps = eps, call.act = static_cast<NormAct>(act);
+  call.channels = channels, call.eps = eps, call.act = static_cast<NormAct>(act);
+}
+
+// y's statistics, made of parts of each chunk of rows.
+inline void want_statistics(LinearForwardCall& call, const Tensor& x, int64_t chunk) {
+  STD_TORCH_CHECK(call.rows >= 1, "linear: statistics need a row");
+  const int64_t out = call.groups * call.out;
+  call.mean_tensor = torch::stable::new_empty(x, {out}, ScalarType::Float);
+  call.var_tensor = torch::stable::new_empty(x, {out}, ScalarType::Float);
+  call.y_mean = float_output(call.mean_tensor, true);
+  call.y_var = float_output(call.var_tensor, true);
+  call.parts_of_all.resize((call.rows + chunk - 1) / chunk * 2 * out);
+  call.parts = call.parts_of_all.data();
 }
 
 inline LinearForwardCall linear_normed_forward(const Tensor& x, const std::optional<Tensor>& m, const Tensor& weight,
@@ -99,16 +111,31 @@ inline LinearForwardCall linear_normed_forward(const Tensor& x, const std::optio
                                                const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
                                                int64_t groups, double eps, int64_t act, int64_t chunk) {
   LinearForwardCall call = linear_forward(x, m, weight, std::nullopt, groups);
-  fill_linear_norm(call, x, mean, var, scale, shift, eps, act);
-  STD_TORCH_CHECK(call.rows >= 1, "linear: statistics need a row");
-  const int64_t out = groups * call.out;
-  call.mean_tensor = torch::stable::new_empty(x, {out}, ScalarType::Float);
-  call.var_tensor = torch::stable::new_empty(x, {out}, ScalarType::Float);
-  call.y_mean = float_output(call.mean_tensor, true);
-  call.y_var = float_output(call.var_tensor, true);
-  call.parts_of_all.resize((call.rows + chunk - 1) / chunk * 2 * out);
-  call.parts = call.parts_of_all.data();
+  fill_linear_norm(call, x, x.size(1), mean, var, scale, shift, eps, act);
+  want_statistics(call, x, chunk);
   return call;
+}
+
+// y, of whose statistics there are gradients.
+inline void fill_results(LinearBackwardCall& call, const Tensor& dy_mean, const Tensor& dy_var, const Tensor& y,
+                         const Tensor& y_mean) {
+  const int64_t out = call.groups * call.out;
+  STD_TORCH_CHECK(is_float(y_mean, y, {out}) && is_float(dy_mean, y, {out}) && is_float(dy_var, y, {out}),
+                  "linear: y's statistics and their gradients must be (C_out,) and float32");
+  call.y = contiguous_input(call, y);
+  call.results = call.rows;
+  call.y_mean = float_input(call, y_mean);
+  call.dy_mean = float_input(call, dy_mean);
+  call.dy_var = float_input(call, dy_var);
+}
+
+// The gradients of x's norm over so many channels; none where it has none.
+inline void want_norm(LinearBackwardCall& call, const Tensor& x, int64_t channels) {
+  float** to[] = {&call.dmean, &call.dvar, &call.dscale, &call.dshift};
+  for (int i = 0; i < 4; ++i) {
+    call.dnorm[i] = torch::stable::new_empty(x, {channels}, ScalarType::Float);
+    *to[i] = float_output(call.dnorm[i], channels > 0);
+  }
 }
 
 inline LinearBackwardCall linear_normed_backward(const Tensor& grad, const Tensor& dy_mean, const Tensor& dy_var, const Tensor& x,
@@ -118,20 +145,11 @@ inline LinearBackwardCall linear_normed_backward(const Tensor& grad, const Tenso
                                                  const Tensor& y, const Tensor& y_mean, int64_t groups, double eps, int64_t act,
                                                  bool need_nodes, bool need_weight, int64_t chunk) {
   LinearBackwardCall call = linear_backward(grad, x, m, weight, groups, need_nodes, need_weight);
-  fill_linear_norm(call, x, mean, var, scale, shift, eps, act);
-  const int64_t out = groups * call.out, in = need_nodes && mean ? x.size(1) : 0;
-  STD_TORCH_CHECK(is_like(y, x, {call.rows, out}), "linear: y must be as its gradient");
-  STD_TORCH_CHECK(is_float(y_mean, x, {out}) && is_float(dy_mean, x, {out}) && is_float(dy_var, x, {out}),
-                  "linear: y's statistics and their gradients must be (C_out,) and float32");
-  call.y = contiguous_input(call, y);
-  call.y_mean = float_input(call, y_mean);
-  call.dy_mean = float_input(call, dy_mean);
-  call.dy_var = float_input(call, dy_var);
-  float** to[] = {&call.dmean, &call.dvar, &call.dscale, &call.dshift};
-  for (int i = 0; i < 4; ++i) {
-    call.dnorm[i] = torch::stable::new_empty(x, {in}, ScalarType::Float);
-    *to[i] = float_output(call.dnorm[i], in > 0);
-  }
+  const int64_t in = need_nodes && mean ? x.size(1) : 0;
+  STD_TORCH_CHECK(is_like(y, x, {call.rows, groups * call.out}), "linear: y must be as its gradient");
+  fill_linear_norm(call, x, x.size(1), mean, var, scale, shift, eps, act);
+  fill_results(call, dy_mean, dy_var, y, y_mean);
+  want_norm(call, x, in);
   call.parts_of_all.resize((call.rows + chunk - 1) / chunk * 2 * in);
   call.parts = call.parts_of_all.data();
   return call;

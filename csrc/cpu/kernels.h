@@ -33,7 +33,7 @@ namespace fer::cpu {
 // Of all but tiles of bfloat16. From all parts: y's statistics, and the gradients of x's norm.
 #define FER_DECLARE_NORMED                                                                            \
   void linear_merge_stats(const LinearForward& call);                                                 \
-  void linear_merge_gradients(const LinearBackward& call);
+  void linear_merge_gradients(const LinearBackward& call, int64_t chunks);
 
 #define FER_DECLARE_KERNELS(isa)                                                                      \
   namespace isa {                                                                                     \

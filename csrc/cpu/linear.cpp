@@ -17,6 +17,7 @@
 // of its own, which is added to y's as that is packed.
 #include <algorithm>
 #include <array>
+#include <numeric>
 
 #include "channels.h"
 #include "kernels.h"
@@ -53,12 +54,15 @@ struct Columns {
 inline const Element* elements(const void* of) { return static_cast<const Element*>(of); }
 inline Element* elements(void* of) { return static_cast<Element*>(of); }
 
-// Group g's columns of x and m, and of y or its gradient.
+// Group g's columns of x and m, and of y's gradient; of windows, the map's.
+inline Columns columns_of(const Windows& map, const void* x) { return {elements(x), nullptr, map.channels, map.channels}; }
 inline Columns inputs(const LinearCall& call, int64_t g) {
+  if (call.windows) return columns_of(call.windows, call.x);
   return {elements(call.x) + g * call.in, call.m ? elements(call.m) + g * call.in : nullptr, call.in, call.groups * call.in};
 }
-inline Columns outputs(const LinearCall& call, const void* y, int64_t g) {
-  return {elements(y) + g * call.out, nullptr, call.out, call.groups * call.out};
+inline Columns outputs(const LinearBackward& call, int64_t g) {
+  if (call.grad_windows) return columns_of(call.grad_windows, call.grad);
+  return {elements(call.grad) + g * call.out, nullptr, call.out, call.groups * call.out};
 }
 
 inline int64_t words_of(int64_t terms) { return (terms + kTerms - 1) / kTerms; }
@@ -215,7 +219,9 @@ void pack_panel(const LinearCall& call, bool transposed, int64_t group, int64_t 
 struct Ahead {
   const char* row = nullptr;
   int64_t pitch = 0, bytes = 0, rows = 0, each = 0;
+  int64_t left = INT64_MAX, line = 0, gap = 0;  // rows until there is a gap, and then until the next
 
+  static constexpr int64_t kPiece = 64;
   Ahead() = default;
   // `rows` rows of `width` numbers, within `times` calls of fetch().
   Ahead(const Element* first, int64_t pitch, int64_t width, int64_t rows, int64_t times)
@@ -223,7 +229,13 @@ struct Ahead {
         pitch(pitch * static_cast<int64_t>(sizeof(Element))),
         bytes(width * static_cast<int64_t>(sizeof(Element))),
         rows(rows),
-        each((rows + times - 1) / times) {}
+        each(0) {
+    if (this->pitch == this->bytes && bytes < kPiece) {  // rows of one piece of memory share lines
+      this->rows = (rows * bytes + kPiece - 1) / kPiece;
+      this->pitch = this->bytes = kPiece;
+    }
+    each = (this->rows + times - 1) / times;
+  }
   void fetch() {
     lines([](const char* line) { __builtin_prefetch(line, 0, 2); });
   }
@@ -239,18 +251,23 @@ struct Ahead {
   }
   template <class F>
   void lines(F f) {
-    const int64_t now = std::min(each, rows);
-    rows -= now;
-    for (int64_t i = 0; i < now; ++i, row += pitch)
-      for (int64_t b = 0; b < bytes; b += 64) f(row + b);
+    for (int64_t now = std::min(each, rows); now > 0;) {
+      const int64_t some = std::min(now, left);
+      for (int64_t i = 0; i < some; ++i, row += pitch)
+        for (int64_t b = 0; b < bytes; b += 64) f(row + b);
+      now -= some, rows -= some, left -= some;
+      if (left == 0) row += gap, left = line;
+    }
   }
 };
 
 // ---- rows, as a product takes them: pack<words>(r, rows, from, count, to, pitch) writes columns [from, from + count)
-// of `rows` rows from r on, and ahead(r, rows, from, count, times) is the memory that this reads ----
+// of `rows` rows from r on, of those that enter(first, last) announced, and ahead(r, rows, from, count, times) is the
+// memory that this reads ----
 
 struct Plain {
   Columns of;
+  void enter(int64_t, int64_t) const {}
   template <Words words>
   void pack(int64_t r, int64_t rows, int64_t from, int64_t count, Packed<words>* to, int64_t pitch) const {
     constexpr int64_t merged = words == Words::across ? kTerms : 1;  // rows in one
@@ -285,6 +302,8 @@ template <NormAct act>
 struct Normed {
   Columns of;
   Constants by;
+  Normed at(int64_t number, int64_t pitch) const { return {{of.x + number, nullptr, pitch, pitch}, by}; }
+  void enter(int64_t, int64_t) const {}
   template <Words words>
   void pack(int64_t r, int64_t rows, int64_t from, int64_t count, Packed<words>* to, int64_t pitch) const {
     const Element* x = of.x + r * of.pitch + from;
@@ -304,6 +323,8 @@ struct Tilted {
   Columns grad;
   const Element* y;
   Constants by;
+  Tilted at(int64_t number, int64_t pitch) const { return {{grad.x + number, nullptr, pitch, pitch}, y + number, by}; }
+  void enter(int64_t, int64_t) const {}
   template <Words words>
   void pack(int64_t r, int64_t rows, int64_t from, int64_t count, Packed<words>* to, int64_t pitch) const {
     const int64_t first = r * grad.pitch + from;
@@ -316,6 +337,178 @@ struct Tilted {
   std::array<Ahead, 2> ahead(int64_t r, int64_t rows, int64_t from, int64_t count, int64_t times) const {
     const int64_t at = r * grad.pitch + from;
     return {Ahead(grad.x + at, grad.pitch, count, rows, times), Ahead(y + at, grad.pitch, count, rows, times)};
+  }
+};
+
+// ---- windows of a map, as rows ----
+
+// The fewest pixels that are whole vectors.
+inline int64_t whole_pixels(int64_t channels) { return kLane / std::gcd(channels, int64_t{kLane}); }
+
+// Pixels that a few windows look at: lines of the map one after the other, with zeros where there is no map, so that
+// a window's lines are the same distance apart in all of them.
+struct Seen {
+  int64_t line;  // numbers of one
+  Buffer<Element> pixels;
+  Buffer<int64_t> starts;  // where the windows begin
+  int64_t first = 0;
+  Seen(const Windows& of, int64_t most) : line(((of.across - 1) * of.step + of.wide) * of.channels) {
+    const int64_t lines = (most + of.across - 2) / of.across + 1, images = (lines + of.down - 2) / of.down + 1;
+    pixels = allocate<Element>((lines * of.step + images * of.high) * line + kLane);
+    starts = allocate<int64_t>(most);
+  }
+};
+
+// Rows that are windows, of a map whose pixels are the rows of `of`.
+struct Windowed {
+  const Windows& windows;
+  Seen& seen;
+  const void* of;
+  void (*pack_pixels)(const void* of, int64_t channels, int64_t pixel, int64_t count, Element* to);
+  std::array<Ahead, 2> (*pixels_ahead)(const void* of, int64_t channels, int64_t pixel, int64_t count, int64_t times);
+
+  template <class Of>
+  Windowed(const Windows& windows, Seen& seen, const Of& of)
+      : windows(windows), seen(seen), of(&of), pack_pixels(pack_from<Of>), pixels_ahead(ahead_of<Of>) {}
+
+  template <class Of>
+  static void pack_from(const void* of, int64_t channels, int64_t pixel, int64_t count, Element* to) {
+    const Of& from = *static_cast<const Of*>(of);
+    if constexpr (std::is_same_v<Of, Plain>) {
+      std::memcpy(to, from.of.x + pixel * channels, count * channels * sizeof(Element));
+    } else {  // as many pixels at once as are whole vectors, then what is left
+      const int64_t each = whole_pixels(channels), numbers = each * channels, many = count / each;
+      const Of rows = from.at(pixel * channels, numbers);
+      rows.template pack<Words::along>(0, many, 0, numbers, to, numbers);
+      if (count % each) rows.template pack<Words::along>(many, 1, 0, count % each * channels, to + many * numbers, numbers);
+    }
+  }
+  template <class Of>
+  static std::array<Ahead, 2> ahead_of(const void* of, int64_t channels, int64_t pixel, int64_t count, int64_t times) {
+    return static_cast<const Of*>(of)->ahead(pixel, count, 0, channels, times);
+  }
+
+  Windowed operator()(int64_t) const { return *this; }  // of a group: windows have one
+  void enter(int64_t first, int64_t last) const {
+    const int64_t each = windows.down * windows.across;
+    Element* to = seen.pixels.get();
+    seen.first = first;
+    for (int64_t r = first; r < last;) {
+      const int64_t image = r / each, end = std::min(last, (image + 1) * each);
+      const int64_t top = r % each / windows.across, bottom = (end - 1) % each / windows.across;
+      for (int64_t i = top, j = r % windows.across; r < end; ++r) {
+        seen.starts[r - first] = (to - seen.pixels.get()) + (i - top) * windows.step * seen.line + j * windows.step * windows.channels;
+        if (++j == windows.across) ++i, j = 0;
+      }
+      const int64_t begin = top * windows.step + windows.top;
+      for (int64_t y = begin; y < begin + (bottom - top) * windows.step + windows.high; ++y, to += seen.line) pack_line(image, y, to);
+    }
+  }
+  void pack_line(int64_t image, int64_t y, Element* to) const {
+    const int64_t channels = windows.channels, pixels = seen.line / channels;
+    const bool inside = y >= 0 && y < windows.height;
+    const int64_t from = inside ? std::clamp<int64_t>(-windows.left, 0, pixels) : pixels;
+    const int64_t until = inside ? std::clamp<int64_t>(windows.width - windows.left, from, pixels) : pixels;
+    std::fill_n(to, from * channels, Element{});
+    pack_pixels(of, channels, (image * windows.height + y) * windows.width + windows.left + from, until - from, to + from * channels);
+    std::fill_n(to + until * channels, (pixels - until) * channels, Element{});
+  }
+
+  // A vector of columns from c on: of one line of a window mostly, else of pieces of several.
+  struct Pieces {
+    int64_t from[kLane];  // of each piece, from a window's start on, if it began with the first lane
+    uint32_t lanes[kLane];
+    int count = 0;
+    Pieces(int64_t c, int64_t wanted, int64_t run, int64_t line) {
+      wanted = std::min<int64_t>(wanted, kLane);
+      int64_t start = c / run * line, s = c % run;
+      for (int64_t l = 0; l < wanted; start += line, s = 0, ++count) {
+        const int64_t some = std::min(run - s, wanted - l);
+        from[count] = start + s - l;
+        lanes[count] = ((1u << some) - 1) << l;
+        l += some;
+      }
+    }
+    Vec<float> load_at(const Element* start) const {
+#if defined(__AVX512BF16__)
+      __m256i v = _mm256_setzero_si256();
+      for (int i = 0; i < count; ++i) v = _mm256_mask_loadu_epi16(v, static_cast<__mmask16>(lanes[i]), start + from[i]);
+      return widen_all(v);
+#elif defined(__AVX512F__)
+      Vec<float> v = {};
+      for (int i = 0; i < count; ++i) v = _mm512_mask_loadu_ps(v, static_cast<__mmask16>(lanes[i]), start + from[i]);
+      return v;
+#else
+      Vec<float> v = {};
+      for (int i = 0; i < count; ++i)
+        for (uint32_t left = lanes[i]; left; left &= left - 1) v[__builtin_ctz(left)] = widen<float>(start[from[i] + __builtin_ctz(left)]);
+      return v;
+#endif
+    }
+  };
+  template <Words words>
+  void pack(int64_t r, int64_t rows, int64_t from, int64_t count, Packed<words>* to, int64_t pitch) const {
+    const int64_t run = windows.wide * windows.channels;
+    const Element* pixels = seen.pixels.get();
+    const int64_t* starts = seen.starts.get() + (r - seen.first);
+    pack_block<words>(rows, count, to, pitch, [&](int64_t c) {
+      const Pieces pieces(from + c, count - c, run, seen.line);
+      return [=](int64_t row, auto) {
+        const Element* start = pixels + starts[row];
+        return pieces.count == 1 ? load_as<float>(start + pieces.from[0]) : pieces.load_at(start);
+      };
+    });
+  }
+
+  // A tile's windows, where all lie side by side, can be multiplied as they are, without being packed: what they see is
+  // mostly the same. So many words from word `from` on, of whole lines of them, or of a part of one.
+  bool side_by_side() const { return windows.across % kRows == 0 && windows.wide * windows.channels % kTerms == 0; }
+  int64_t line_words() const { return windows.wide * windows.channels / kTerms; }
+  int64_t words_from(int64_t from) const {
+    constexpr int64_t most = kDeep + kDeep / 8;
+    if (line_words() <= most) return std::min(most / line_words(), windows.high - from / line_words()) * line_words();
+    return std::min(stretch(line_words()), line_words() - from % line_words());
+  }
+  void tile_sums(bool fresh, int64_t r, int64_t from, int64_t words, const float* right, int columns, float* to) const {
+    const Element* left = seen.pixels.get() + seen.starts[r - seen.first] + from / line_words() * seen.line + from % line_words() * kTerms;
+    const int64_t pitch = windows.step * windows.channels;
+    columns > kLane ? tile_of<2>(fresh, left, pitch, words, right, to) : tile_of<1>(fresh, left, pitch, words, right, to);
+  }
+  template <int V>
+  void tile_of(bool fresh, const Element* left, int64_t pitch, int64_t words, const float* right, float* to) const {
+    constexpr int kApart = 3, kBases = (kRows + kApart - 1) / kApart;  // rows that one address serves
+    Vec<float> sums[kRows][V] = {};
+    for (; words > 0; words -= line_words(), left += seen.line) {
+      const Element* base[kBases];
+      for (int i = 0; i < kBases; ++i) base[i] = left + i * kApart * pitch;
+      for (int64_t n = std::min(words, line_words()); n > 0; --n, right += kWide) {
+        Vec<float> y[V];
+        for (int v = 0; v < V; ++v) y[v] = load(right + v * kLane);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          float word;
+          std::memcpy(&word, base[r / kApart] + r % kApart * pitch, sizeof word);
+          for (int v = 0; v < V; ++v) sums[r][v] = with_product<kPairs, float>(sums[r][v], splat(word), y[v]);
+        }
+        for (int i = 0; i < kBases; ++i) base[i] += kTerms;
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < V; ++v) {
+        float* at = to + r * kWide + v * kLane;
+        store(at, fresh ? sums[r][v] : load(at) + sums[r][v]);
+      }
+  }
+
+  std::array<Ahead, 2> ahead(int64_t r, int64_t rows, int64_t, int64_t, int64_t times) const {
+    if (rows <= 0) return {};
+    const auto line_of = [&](int64_t row, int64_t beyond) {  // of all images
+      const int64_t y = row / windows.across % windows.down * windows.step + windows.top + beyond;
+      return row / (windows.down * windows.across) * windows.height + std::clamp<int64_t>(y, 0, windows.height);
+    };
+    const int64_t from = line_of(r, 0), until = line_of(r + rows - 1, windows.high);
+    return pixels_ahead(of, windows.channels, from * windows.width, std::max<int64_t>(0, until - from) * windows.width, times);
   }
 };
 
@@ -355,6 +548,38 @@ void tile_sums(bool fresh, const float* left, const float* right, int64_t words,
   });
 }
 
+// Where rows of dx are: one after the other, or the pixels of a map at which windows begin.
+const Windows kAll;
+inline int64_t input_pitch(const LinearBackward& call) {
+  return call.places ? call.places.channels : call.groups * call.in;
+}
+struct Places {
+  const Windows& at;
+  // f(row): row(i) is where row begin + i is, of those before `end`, kRows at most.
+  template <class F>
+  void with_rows(int64_t begin, int64_t end, F f) const {
+    if (!at) return f([begin](int64_t i) { return begin + i; });
+    int64_t rows[kRows];
+    const int64_t lines = begin / at.across;
+    int64_t j = begin % at.across, line = lines % at.down, image = lines / at.down;
+    for (int64_t i = 0; i < end - begin; ++i) {
+      rows[i] = (image * at.height + line * at.step + at.top) * at.width + j * at.step + at.left;
+      if (++j == at.across) j = 0, ++line;
+      if (line == at.down) line = 0, ++image;
+    }
+    f([&rows](int64_t i) { return rows[i]; });
+  }
+  // Columns of rows [first, last), as far as memory needed next knows: an image's last line is as all others.
+  Ahead ahead(const Element* columns, int64_t pitch, int64_t count, int64_t first, int64_t last, int64_t times) const {
+    if (!at || first >= last) return {columns + first * pitch, pitch, count, last - first, times};
+    Ahead memory;
+    with_rows(first, first + 1, [&](auto row) { memory = Ahead(columns + row(0) * pitch, pitch * at.step, count, last - first, times); });
+    memory.line = at.across, memory.left = at.across - first % at.across;
+    memory.gap = at.step * (at.width - at.across) * pitch * static_cast<int64_t>(sizeof(Element));
+    return memory;
+  }
+};
+
 // What becomes of a panel's sums, a tile of rows after the other: they are written down, plus a number for each
 // column, where there is one. reads() and writes() are the memory that rows() reads and writes, within so many calls
 // of fetch() and claim(). Nothing reads again what it wrote: such stores may wait for memory, and loads whose
@@ -362,14 +587,17 @@ void tile_sums(bool fresh, const float* left, const float* right, int64_t words,
 struct Written {
   Element* to;  // the panel's columns
   int64_t pitch, columns, first, last;
+  Places places;
   const float* added = nullptr;
 
   Ahead reads(int64_t) const { return {}; }
-  Ahead writes(int64_t times) const { return {to + first * pitch, pitch, columns, last - first, times}; }
+  Ahead writes(int64_t times) const { return places.ahead(to, pitch, columns, first, last, times); }
   void rows(int64_t begin, int64_t end, const float* sums) const {
-    for_channels<float>(columns, [&](int64_t at, auto part) {
-      const Vec<float> plus = added ? load_lanes<float>(added + at, part) : Vec<float>{};
-      for (int64_t r = begin; r < end; ++r) store_lanes<float>(to + r * pitch + at, load(sums + (r - begin) * kWide + at) + plus, part);
+    places.with_rows(begin, end, [&](auto row) {
+      for_channels<float>(columns, [&](int64_t at, auto part) {
+        const Vec<float> plus = added ? load_lanes<float>(added + at, part) : Vec<float>{};
+        for (int64_t i = 0; i < end - begin; ++i) store_lanes<float>(to + row(i) * pitch + at, load(sums + i * kWide + at) + plus, part);
+      });
     });
   }
   void all() const {}
@@ -381,11 +609,16 @@ template <class In, class Finish>
 void rows_product(int64_t groups, int64_t terms, int64_t panels, In in, Finish finish, const float* packed, int64_t begin,
                   int64_t end) {
   const int64_t words = words_of(terms), step = stretch(words), size = stretches(words) * kRows * kPitch;
-  const Buffer<float> left = allocate<float>(kChunk / kRows * size), sums = allocate<float>(kChunk * kWide);
+  constexpr bool kOfWindows = std::is_same_v<decltype(in(0)), Windowed>;
+  bool packs = true;
+  if constexpr (kOfWindows) packs = !in(0).side_by_side();
+  const Buffer<float> left = allocate<float>(packs ? kChunk / kRows * size : 0), sums = allocate<float>(kChunk * kWide);
   for (int64_t first = begin; first < end; first += kChunk) {
     const int64_t last = std::min(end, first + kChunk);
     for (int64_t g = 0; g < groups; ++g) {
-      pack_rows(in(g), terms, first, last, left.get());
+      const auto rows = in(g);
+      rows.enter(first, last);
+      if (packs) pack_rows(rows, terms, first, last, left.get());
       const int64_t times = stretches(words) * tiles_of(last - first);
       // Rows that come next: of the next group, or the next chunk.
       const int64_t g_next = g + 1 < groups ? g + 1 : 0, first_next = g_next ? first : last;
@@ -396,16 +629,22 @@ void rows_product(int64_t groups, int64_t terms, int64_t panels, In in, Finish f
         const auto panel_next = p + 1 < panels ? finish(g, p + 1, first, last) : finish(g_next, 0, first_next, last_next);
         Ahead reads_next = panel_next.reads(times), writes_next = panel_next.writes(times);
         const float* panel = packed + (g * panels + p) * words * kWide;
-        for (int64_t from = 0; from < words; from += step)
+        const int columns = static_cast<int>(finishing.columns);
+        for (int64_t from = 0, some; from < words; from += some) {
+          some = std::min(step, words - from);
+          if constexpr (kOfWindows) some = packs ? some : rows.words_from(from);
           for (int64_t r = first; r < last; r += kRows) {
             inputs_next[0].fetch(), inputs_next[1].fetch(), reads_next.fetch(), writes_next.claim();
             const int64_t until = std::min<int64_t>(last, r + kRows);
             float* tile = sums.get() + (r - first) * kWide;
-            tile_sums<kPitch, 1>(from == 0, left.get() + (r - first) / kRows * size + from / step * kRows * kPitch,
-                                 panel + from * kWide, std::min(step, words - from), until - r,
-                                 static_cast<int>(finishing.columns), tile, kWide);
-            if (from + step >= words) finishing.rows(r, until, tile);
+            if (packs)
+              tile_sums<kPitch, 1>(from == 0, left.get() + (r - first) / kRows * size + from / step * kRows * kPitch,
+                                   panel + from * kWide, some, until - r, columns, tile, kWide);
+            else if constexpr (kOfWindows)
+              rows.tile_sums(from == 0, r, from, some, panel + from * kWide, columns, tile);
+            if (from + some >= words) finishing.rows(r, until, tile);
           }
+        }
         finishing.all();
       }
     }
@@ -477,6 +716,7 @@ void weight_units(const LinearCall& call, X x, Grad grad, float* parts, int64_t 
     const auto rows_of_grad = grad(now.group);
     for (int64_t first = now.first; first < now.last; first += now.step) {
       const int64_t last = std::min(now.last, first + now.step);
+      rows_of_x.enter(first, last), rows_of_grad.enter(first, last);
       for (int64_t r = first; r < last; r += kPackRows) {
         const int64_t rows = std::min(kPackRows, last - r), word = (r - first) / kTerms;
         for (int64_t p = now.from; p < now.to; ++p)
@@ -528,29 +768,32 @@ struct AllConstants {
 float reciprocal_deviation(const LinearCall& call, int64_t c) { return 1 / std::sqrt(call.var[c] + static_cast<float>(call.eps)); }
 
 AllConstants norm_of_x(const LinearCall& call) {
-  const int64_t channels = call.mean ? call.groups * call.in : 0;
-  AllConstants all(channels);
-  for (int64_t c = 0; c < channels; ++c) {
-    all.mean[c] = call.mean[c];
-    all.scale[c] = reciprocal_deviation(call, c) * (call.scale ? call.scale[c] : 1);
-    all.shift[c] = call.shift ? call.shift[c] : 0;
+  const int64_t columns = !call.mean ? 0 : call.windows ? whole_pixels(call.channels) * call.channels : call.groups * call.in;
+  AllConstants all(columns);
+  for (int64_t i = 0; i < columns; ++i) {
+    const int64_t c = i % call.channels;
+    all.mean[i] = call.mean[c];
+    all.scale[i] = reciprocal_deviation(call, c) * (call.scale ? call.scale[c] : 1);
+    all.shift[i] = call.shift ? call.shift[c] : 0;
   }
   return all;
 }
 
 AllConstants tilt_of_y(const LinearBackward& call) {
-  const int64_t channels = call.y ? call.groups * call.out : 0;
-  AllConstants all(channels);
-  const float rows = static_cast<float>(call.rows);
-  for (int64_t c = 0; c < channels; ++c) {
-    all.mean[c] = call.y_mean[c];
-    all.scale[c] = 2 * call.dy_var[c] / rows;
-    all.shift[c] = call.dy_mean[c] / rows;
+  const int64_t channels = call.grad_windows ? call.grad_windows.channels : call.groups * call.out;
+  const int64_t columns = !call.y ? 0 : call.grad_windows ? whole_pixels(channels) * channels : channels;
+  AllConstants all(columns);
+  const float rows = static_cast<float>(call.results);
+  for (int64_t i = 0; i < columns; ++i) {
+    const int64_t c = i % channels;
+    all.mean[i] = call.y_mean[c];
+    all.scale[i] = 2 * call.dy_var[c] / rows;
+    all.shift[i] = call.dy_mean[c] / rows;
   }
   return all;
 }
 
-// f(rows of x) and f(rows of dy), whatever they are made of.
+// f(rows of x) and f(rows of dy), whatever they are made of: of a group, or a map's pixels.
 template <class F>
 void with_x(const LinearCall& call, const AllConstants& norm, F f) {
   if (!call.mean) return f([&](int64_t g) { return Plain{inputs(call, g)}; });
@@ -561,9 +804,18 @@ void with_x(const LinearCall& call, const AllConstants& norm, F f) {
 template <class F>
 void with_grad(const LinearBackward& call, const AllConstants& tilt, F f) {
   if (call.y)
-    f([&](int64_t g) { return Tilted{outputs(call, call.grad, g), elements(call.y) + g * call.out, tilt.of(g * call.out)}; });
+    f([&](int64_t g) { return Tilted{outputs(call, g), elements(call.y) + g * call.out, tilt.of(g * call.out)}; });
   else
-    f([&](int64_t g) { return Plain{outputs(call, call.grad, g)}; });
+    f([&](int64_t g) { return Plain{outputs(call, g)}; });
+}
+
+// f(these rows), or of windows of them.
+template <class Of, class F>
+void with_windows(const Windows& windows, Of of, F f) {
+  if (!windows) return f(of);
+  Seen seen(windows, std::max(kChunk, kBlock * kTerms));
+  const auto pixels = of(0);
+  f(Windowed(windows, seen, pixels));
 }
 
 // Four sums, each of every fourth row: one alone would wait for its own last addition.
@@ -624,25 +876,31 @@ struct InputSlopes {
   Vec<float> sum[2] = {}, along[2] = {};
 
   int64_t channels() const { return call.groups * call.in; }
-  Ahead reads(int64_t times) const { return {elements(call.x) + first * channels() + c, channels(), columns, last - first, times}; }
-  Ahead writes(int64_t times) const { return {elements(call.dx) + first * channels() + c, channels(), columns, last - first, times}; }
+  Ahead ahead(const void* of, int64_t times) const {
+    return Places{call.places}.ahead(elements(of) + c, input_pitch(call), columns, first, last, times);
+  }
+  Ahead reads(int64_t times) const { return ahead(call.x, times); }
+  Ahead writes(int64_t times) const { return ahead(call.dx, times); }
   void rows(int64_t begin, int64_t end, const float* sums) {
-    for_channels<float>(columns, [&](int64_t at, auto part) {
-      const int64_t v = at / kLane;
-      const Vec<float> mean = load(by.mean + at), scale = load(by.scale + at), shift = load(by.shift + at);
-      Sums s, a;
-      by_fours(begin, end, [&](int64_t r, auto count) {
-        for (int i = 0; i < count; ++i) {
-          const int64_t where = (r + i) * channels() + c + at;
-          const Vec<float> d = load_lanes<float>(elements(call.x) + where, part) - mean;
-          const Vec<float> here = slope<act, Element>(load(sums + (r + i - begin) * kWide + at), d * scale + shift);
-          s.of[i] += here;
-          a.of[i] += here * d;
-          store_lanes<float>(elements(call.dx) + where, here * scale, part);
-        }
+    const int64_t pitch = input_pitch(call);
+    Places{call.places}.with_rows(begin, end, [&](auto row) {
+      for_channels<float>(columns, [&](int64_t at, auto part) {
+        const int64_t v = at / kLane;
+        const Vec<float> mean = load(by.mean + at), scale = load(by.scale + at), shift = load(by.shift + at);
+        Sums s, a;
+        by_fours(0, end - begin, [&](int64_t r, auto count) {
+          for (int i = 0; i < count; ++i) {
+            const int64_t where = row(r + i) * pitch + c + at;
+            const Vec<float> d = load_lanes<float>(elements(call.x) + where, part) - mean;
+            const Vec<float> here = slope<act, Element>(load(sums + (r + i) * kWide + at), d * scale + shift);
+            s.of[i] += here;
+            a.of[i] += here * d;
+            store_lanes<float>(elements(call.dx) + where, here * scale, part);
+          }
+        });
+        sum[v] += s.total();
+        along[v] += a.total();
       });
-      sum[v] += s.total();
-      along[v] += a.total();
     });
   }
   void all() const {
@@ -671,9 +929,9 @@ int64_t linear_chunk() { return kChunk; }
 
 void linear(const LinearForward& call, const void* packed, int64_t begin, int64_t end) {
   const AllConstants norm = norm_of_x(call);
-  with_x(call, norm, [&](auto x) {
+  with_x(call, norm, [&](auto x) { with_windows(call.windows, x, [&](auto in) {
     const auto run = [&](auto finish) {
-      rows_product(call.groups, call.in * call.sides, Panel::all(call, false), x, finish, static_cast<const float*>(packed), begin, end);
+      rows_product(call.groups, call.in * call.sides, Panel::all(call, false), in, finish, static_cast<const float*>(packed), begin, end);
     };
     const auto columns = [&](int64_t p) { return std::min<int64_t>(kWide, call.out - p * kWide); };
     if (call.y_mean)
@@ -683,9 +941,9 @@ void linear(const LinearForward& call, const void* packed, int64_t begin, int64_
     else
       run([&](int64_t g, int64_t p, int64_t first, int64_t last) {
         const int64_t c = g * call.out + p * kWide;
-        return Written{elements(call.y) + c, call.groups * call.out, columns(p), first, last, call.bias ? call.bias + c : nullptr};
+        return Written{elements(call.y) + c, call.groups * call.out, columns(p), first, last, {kAll}, call.bias ? call.bias + c : nullptr};
       });
-  });
+  }); });
 }
 
 void linear_merge_stats(const LinearForward& call) {
@@ -694,14 +952,15 @@ void linear_merge_stats(const LinearForward& call) {
 
 void linear_input_gradient(const LinearBackward& call, const void* packed, int64_t begin, int64_t end) {
   const AllConstants norm = norm_of_x(call), tilt = tilt_of_y(call);
-  with_grad(call, tilt, [&](auto grad) {
+  with_grad(call, tilt, [&](auto grad) { with_windows(call.grad_windows, grad, [&](auto in) {
     const auto run = [&](auto finish) {
-      rows_product(call.groups, call.out, Panel::all(call, true), grad, finish, static_cast<const float*>(packed), begin, end);
+      rows_product(call.groups, call.out, Panel::all(call, true), in, finish, static_cast<const float*>(packed), begin, end);
     };
     if (!call.mean)
       return run([&](int64_t g, int64_t p, int64_t first, int64_t last) {
         const Panel panel(call, true, p);
-        return Written{elements(panel.side ? call.dm : call.dx) + g * call.in + panel.at, call.groups * call.in, panel.columns, first, last};
+        return Written{elements(panel.side ? call.dm : call.dx) + g * call.in + panel.at, input_pitch(call), panel.columns, first, last,
+                       {call.places}};
       });
     with_activation(call.act, [&](auto act) {
       run([&](int64_t g, int64_t p, int64_t first, int64_t last) {
@@ -709,17 +968,18 @@ void linear_input_gradient(const LinearBackward& call, const void* packed, int64
         return InputSlopes<act()>{call, norm.of(c), c, std::min<int64_t>(kWide, call.in - p * kWide), first, last};
       });
     });
-  });
+  }); });
 }
 
-void linear_merge_gradients(const LinearBackward& call) {
-  const int64_t channels = call.groups * call.in, chunks = (call.rows + kChunk - 1) / kChunk;
-  for (int64_t c = 0; c < channels; ++c) {
+void linear_merge_gradients(const LinearBackward& call, int64_t chunks) {
+  const int64_t columns = call.groups * call.in;
+  for (int64_t c = 0; c < call.channels; ++c) {
     double sum = 0, along = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      sum += call.parts[chunk * 2 * channels + c];
-      along += call.parts[(chunk * 2 + 1) * channels + c];
-    }
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      for (int64_t i = c; i < columns; i += call.channels) {
+        sum += call.parts[chunk * 2 * columns + i];
+        along += call.parts[(chunk * 2 + 1) * columns + i];
+      }
     const double rstd = reciprocal_deviation(call, c), scale = call.scale ? call.scale[c] : 1;
     call.dshift[c] = static_cast<float>(sum);
     call.dscale[c] = static_cast<float>(along * rstd);
@@ -734,7 +994,9 @@ int64_t linear_part_units(const LinearCall& call) { return units_across(call) * 
 
 void linear_weight_parts(const LinearBackward& call, float* parts, int64_t begin, int64_t end) {
   const AllConstants norm = norm_of_x(call), tilt = tilt_of_y(call);
-  with_x(call, norm, [&](auto x) { with_grad(call, tilt, [&](auto grad) { weight_units(call, x, grad, parts, begin, end); }); });
+  with_x(call, norm, [&](auto x) { with_windows(call.windows, x, [&](auto rows) {
+    with_grad(call, tilt, [&](auto grad) { weight_units(call, rows, grad, parts, begin, end); });
+  }); });
 }
 
 void linear_weight_merge(const LinearBackward& call, const float* parts, int64_t begin, int64_t end) {

@@ -262,37 +262,41 @@ def normed_linear(
     if x.dim() != 2 or not x.shape[0]:
         raise ValueError(f"{here}: x must be (rows, C_in) with a row, got {checks.shape(x)}")
     weight = weight.to(wide)
-    if norm is None:
-        given: tuple[Tensor | None, ...] = (None,) * 4
-        eps, act = 0.0, None
-    else:
-        if not isinstance(norm, RowNorm):
-            raise TypeError(f"{here}: norm must be a RowNorm, got {type(norm).__name__}")
-        if m is not None:
-            raise ValueError(f"{here}: m comes without a norm")
-        given, eps, act = norm[:4], norm.eps, norm.act
-        checks.a_choice(here, "act", act, ACTS)
-        checks.not_negative(here, "eps", eps)
-        for name, tensor in zip(RowNorm._fields, given, strict=False):
-            if tensor is None and name in ("weight", "bias"):
-                continue
-            checks.dense_tensor(here, f"norm.{name}", tensor)
-            assert tensor is not None
-            checks.same_device(here, f"norm.{name}", tensor, "x", x)
-            allowed = {wide, x.dtype} if name in ("weight", "bias") else {wide}
-            if tensor.dtype not in allowed or tuple(tensor.shape) != (x.shape[1],):
-                raise ValueError(
-                    f"{here}: norm.{name} must be ({x.shape[1]},) of {' or '.join(map(str, allowed))}, "
-                    f"got {checks.shape(tensor)} of {tensor.dtype}"
-                )
-        given = tuple(None if tensor is None else tensor.to(wide) for tensor in given)
+    if norm is not None and m is not None:
+        raise ValueError(f"{here}: m comes without a norm")
+    given, eps, act = norm_tensors(here, norm, x)
     run = NORMED.choose(backend, x, among=_NORMED)
-    return run(x, m, weight, *given, groups, float(eps), ACTS.index(act))
+    return run(x, m, weight, *given, groups, eps, act)
+
+
+def norm_tensors(here: str, norm: RowNorm | None, x: Tensor) -> tuple[tuple[Tensor | None, ...], float, int]:
+    """The norm's tensors in the dtype that x is accumulated in, its eps, and the number of its activation."""
+    if norm is None:
+        return (None,) * 4, 0.0, ACTS.index(None)
+    if not isinstance(norm, RowNorm):
+        raise TypeError(f"{here}: norm must be a RowNorm, got {type(norm).__name__}")
+    checks.a_choice(here, "act", norm.act, ACTS)
+    checks.not_negative(here, "eps", norm.eps)
+    wide, channels = checks.accumulation_dtype(x.dtype), x.shape[-1]
+    for name, tensor in zip(RowNorm._fields, norm[:4], strict=False):
+        if tensor is None and name in ("weight", "bias"):
+            continue
+        checks.dense_tensor(here, f"norm.{name}", tensor)
+        assert tensor is not None
+        checks.same_device(here, f"norm.{name}", tensor, "x", x)
+        allowed = {wide, x.dtype} if name in ("weight", "bias") else {wide}
+        if tensor.dtype not in allowed or tuple(tensor.shape) != (channels,):
+            raise ValueError(
+                f"{here}: norm.{name} must be ({channels},) of {' or '.join(map(str, allowed))}, "
+                f"got {checks.shape(tensor)} of {tensor.dtype}"
+            )
+    given = tuple(None if tensor is None else tensor.to(wide) for tensor in norm[:4])
+    return given, float(norm.eps), ACTS.index(norm.act)
 
 
 def chain_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
-    """The dtype in which `normed_linear` of x is faster than torch's products and norms, autocast considered;
-    None where it is not, as where tiles of bfloat16 multiply."""
+    """The dtype in which `normed_linear` of x, or `normed_conv`, is faster than torch's products and norms,
+    autocast considered; None where it is not, as where tiles of bfloat16 multiply."""
     if extension.FAST_PRODUCTS != "avx512":
         return None
     if is_faster(x, weight):
@@ -328,8 +332,9 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
         return False
     if not {type(x), type(weight)} <= {Tensor, nn.Parameter} or x.device.type != "cpu":
         return False
-    many = x.numel() >= ROWS * x.shape[-1] and min(x.shape[-1], weight.shape[0]) >= WIDTH
-    return many and weight.shape[1] >= 16
+    terms = weight[0].numel()  # a convolution's weight is of windows
+    width = terms if weight.dim() == 4 else x.shape[-1]
+    return x.numel() >= ROWS * x.shape[-1] and min(width, weight.shape[0]) >= WIDTH and terms >= 16
 
 
 def _check(x, weight, bias, m, groups, here="linear", wide=None) -> None:

@@ -16,6 +16,7 @@ from .conv import (
     interleave,
 )
 from .graph import DilatedKnnGraph, RelativePosition, relative_position_table
+from .maps import conv_norm_act
 from .norm import norm_act, norm_act_maps
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "RelationConv",
     "RelativePosition",
     "SAGEConv",
+    "conv_norm_act",
     "create_conv",
     "drop_schedule",
     "hooked",

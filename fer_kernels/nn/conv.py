@@ -131,11 +131,23 @@ def _batched_product(x: Tensor, weight: Tensor, added: Tensor | None, groups: in
 
 
 class Unfinished(NamedTuple):
-    """What a `Projection` leaves to the one that takes it: a product, and its norm and activation, which are
-    then done as its rows are fetched for the next product."""
+    """What a `Projection` leaves to the one that takes it, or a convolution: a product, and its norm and
+    activation, which are then done as its rows are fetched for the next product."""
 
     y: Tensor  # (B, ..., C)
     norm: RowNorm
+
+    @classmethod
+    def behind(
+        cls, y: Tensor, mean: Tensor, var: Tensor, norm: Any, act: nn.Module | None, shift: Tensor | None
+    ) -> Unfinished:
+        """act(norm(y + shift)) with y's statistics, which the norm tracks."""
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        rows = y.numel() // y.shape[-1]
+        track(norm.running_mean, norm.running_var, norm.momentum, mean, var, rows, shift)
+        bias = with_shift(norm.bias, shift)
+        return cls(y, RowNorm(mean, var, norm.weight, bias, norm.eps, name_of(act)))
 
     def finished(self, residual: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
         rows, norm = self.y.flatten(0, -2), self.norm
@@ -246,13 +258,9 @@ class Projection(nn.Module):
             return None
         rows, of_m = nodes.flatten(0, -2).to(dtype), None if m is None else m.flatten(0, -2).to(dtype)
         y, mean, var = normed_linear(rows, linear.weight, norm=norm, m=of_m, groups=linear.groups)
-        tracked: Any = self.norm
-        if tracked.num_batches_tracked is not None:
-            tracked.num_batches_tracked.add_(1)
-        track(tracked.running_mean, tracked.running_var, tracked.momentum, mean, var, len(rows), linear.bias)
-        bias = with_shift(tracked.bias, linear.bias)
-        of_y = RowNorm(mean, var, tracked.weight, bias, tracked.eps, name_of(self.act))
-        return Unfinished(y.reshape(*nodes.shape[:-1], -1), of_y)
+        return Unfinished.behind(
+            y.reshape(*nodes.shape[:-1], -1), mean, var, self.norm, self.act, linear.bias
+        )
 
     def _folds(self, x: Tensor) -> bool:
         """Whether the norm is a fixed scale and shift that is cheaper in the weights: on a CPU, where a pass

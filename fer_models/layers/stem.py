@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fer_kernels.checks import a_choice
-from fer_kernels.nn import Projection, norm_act_maps
+from fer_kernels.nn import Projection, conv_norm_act, norm_act_maps
 
 FUSIONS = ("concat", "sum", "gated", "kernels", "none")
 KERNELS = (3, 5, 7)  # of fusion="kernels"
@@ -35,27 +36,46 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def steps(layers: nn.Sequential) -> list[tuple[int, Callable[[Tensor], Tensor]]]:
-    """What runs the layers in turn, and at which layer each ends: a batch norm takes its activation along."""
-    found: list[tuple[int, Callable[[Tensor], Tensor]]] = []
-    for position, layer in enumerate(layers):
-        before = layers[position - 1] if position else None
-        if isinstance(before, _BatchNorm) and isinstance(layer, (nn.GELU, nn.ReLU)):
-            found[-1] = position, functools.partial(norm_act_maps, before, layer)
-        elif isinstance(layer, _BatchNorm):
-            found.append((position, functools.partial(norm_act_maps, layer, None)))
-        else:
+def steps(layers: nn.Sequential) -> list[tuple[int, Callable[..., Any]]]:
+    """What runs the layers in turn, and at which layer each ends: a batch norm takes its activation along,
+    and a convolution its batch norm; those can leave a map unfinished to the next."""
+    found: list[tuple[int, Callable[..., Any]]] = []
+    position = 0
+    while position < len(layers):
+        layer, first = layers[position], position
+        conv = layer if isinstance(layer, nn.Conv2d) else None
+        norm = next(iter(layers[position + (conv is not None) :]), None)
+        if not isinstance(norm, _BatchNorm):
             found.append((position, layer))
+            position += 1
+            continue
+        position = first + (1 if conv is None else 2)
+        act = layers[position] if position < len(layers) else None
+        act = act if isinstance(act, (nn.GELU, nn.ReLU)) else None
+        position += act is not None
+        run = functools.partial(norm_act_maps, norm, act)
+        found.append(
+            (position - 1, run if conv is None else functools.partial(conv_norm_act, conv, norm, act))
+        )
     return found
+
+
+def run_steps(layers: nn.Sequential, x: Tensor, kept: Sequence[int] = ()) -> list[Tensor]:
+    """What leaves those layers that are `kept`, and the last."""
+    found, plan = [], steps(layers)
+    chains = [getattr(step, "func", None) is conv_norm_act for _, step in plan]
+    for (position, step), here, after in zip(plan, chains, [*chains[1:], False], strict=True):
+        x = step(x, unfinished=True) if here and after and position not in kept else step(x)
+        if position in kept:
+            found.append(x)
+    return [*found, x]
 
 
 class ConvSequence(nn.Sequential):
     """Convolutions, batch norms and activations, run in their `steps`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        for _, step in steps(self):
-            x = step(x)
-        return x
+        return run_steps(self, x)[-1]
 
 
 class Residual(nn.Module):
@@ -70,8 +90,8 @@ class Residual(nn.Module):
         self.act = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = norm_act_maps(self.norm1, self.act, self.conv1(x))
-        return norm_act_maps(self.norm2, self.act, self.conv2(branch), residual=x)
+        branch = conv_norm_act(self.conv1, self.norm1, self.act, x, unfinished=True)
+        return conv_norm_act(self.conv2, self.norm2, self.act, branch, residual=x)
 
 
 class ConvStem(nn.Module):
@@ -114,14 +134,7 @@ class ConvStem(nn.Module):
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """x (B, in_chans, H, W) to the tapped maps, finest first, and the last one (B, C, h, w)."""
-        x = channels_last(x)
-        found = []
-        tapped = [self.ends[tap] for tap in self.taps]
-        for position, step in steps(self.convs):
-            x = step(x)
-            if position in tapped:
-                found.append(x)
-        return [*found, x]
+        return run_steps(self.convs, channels_last(x), [self.ends[tap] for tap in self.taps])
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_chans, H, W) to nodes (B, N, C)."""
@@ -217,7 +230,7 @@ class Downsample(nn.Module):
 
     def forward(self, nodes: Tensor, grid: tuple[int, int]) -> Tensor:
         """Nodes (B, h * w, C) to (B, ⌈h/2⌉ * ⌈w/2⌉, C_out)."""
-        return nodes_of(norm_act_maps(self.norm, None, self.conv(map_of(nodes, grid))))
+        return nodes_of(conv_norm_act(self.conv, self.norm, None, map_of(nodes, grid)))
 
 
 class Depthwise(nn.Conv2d):

@@ -1,16 +1,17 @@
 """normed_linear, and norms by its statistics: against float64, torch's own functions, and plain modules."""
 
 import hypothesis.strategies as st
+import normed_oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from normed_oracle import ACTS, EPS, GELU_OFF, Problem, normed, row_norm
 from support import backends
 from torch import Tensor, nn
 
 import fer_kernels
 from fer_kernels import RowNorm, batch_norm_act, extension, normed_linear
-from fer_kernels.checks import accumulation_dtype
 from fer_kernels.linear import op
 from fer_kernels.nn import DilatedKnnGraph, DynamicGraphConv, MaxRelativeConv, Projection, RelationConv, conv
 from fer_kernels.nn.conv import Unfinished
@@ -20,93 +21,11 @@ BACKENDS = backends("linear")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 RUNS = [(b, t) for b in BACKENDS for t in (torch.float32, torch.bfloat16) if t in op.NORMED.dtypes[b]]
 each_run = pytest.mark.parametrize("backend, dtype", RUNS)
-ACTS = [None, "relu", "gelu"]
-EPS = 1e-3
-GELU_OFF = {torch.float32: 2.4e-7, torch.bfloat16: 1.1e-5}  # the kernel's Φ, as csrc/cpu/channels.h says
-
-
-class Problem:
-    """x, m, weight, x's norm, and the gradients of y and its statistics, in float64: x, m and y's gradient as
-    `dtype` holds them, in which they go in."""
-
-    def __init__(
-        self,
-        rows,
-        width,
-        out,
-        groups=1,
-        norm=True,
-        m=False,
-        affine=True,
-        act=None,
-        seed=0,
-        mean=0.0,
-        dtype=torch.float32,
-    ):
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).double()
-
-        columns = groups * width
-        self.groups, self.act, self.dtype = groups, act, dtype
-        self.leaves = {"x": draw(rows, columns) + mean, "weight": draw(groups * out, width * (2 if m else 1))}
-        if m:
-            self.leaves["m"] = draw(rows, columns)
-        if norm:
-            self.leaves |= {"mean": draw(columns) + mean, "var": draw(columns).square() + 0.1}
-            if affine:
-                self.leaves |= {"scale": draw(columns), "shift": draw(columns)}
-        self.grads = draw(rows, groups * out).to(dtype).double(), draw(groups * out), draw(groups * out)
-        self.leaves |= {
-            name: self.leaves[name].to(dtype).double() for name in self.leaves.keys() & {"x", "m"}
-        }
-
-    def shaken(self, t: Tensor, noise: torch.Generator | None) -> Tensor:
-        """Every number by its own rounding, and the columns of rows as wholes by that of a usual number: sums
-        over rows may cancel, but their roundings do not."""
-        if noise is None:
-            return t
-        rounding = torch.finfo(self.dtype).eps / 2
-        moved = t * (1 + rounding * torch.randn(t.shape, generator=noise))
-        if t.dim() == 2:
-            moved += rounding * t.square().mean().sqrt() * torch.randn(t.shape[1:], generator=noise)
-        return moved
-
-    def activated(self, z: Tensor, noise: torch.Generator | None) -> Tensor:
-        exact = {None: z, "relu": F.relu(z), "gelu": F.gelu(z)}[self.act]
-        if noise is None or self.act != "gelu":
-            return exact
-        off = torch.randn(z.shape, generator=noise) + torch.randn(z.shape[1:], generator=noise)
-        return exact + z * (GELU_OFF[self.dtype] * off)
-
-    def run(self, function, exact: bool = False, noise: torch.Generator | None = None) -> dict[str, Tensor]:
-        """`exact`: in float64. Else nodes are of `dtype`, and all other tensors of what accumulates that."""
-        nodes = torch.float64 if exact else self.dtype
-        wide = accumulation_dtype(nodes)
-        dtypes = {"x": nodes, "m": nodes, "y": nodes}
-        given = {
-            name: self.shaken(t, noise).to(dtypes.get(name, wide), copy=True)
-            for name, t in self.leaves.items()
-        }
-        leaves = {name: t.requires_grad_() for name, t in given.items()}
-        outputs = function(leaves, self) if noise is None else function(leaves, self, noise)
-        found = dict(zip(("y", "y_mean", "y_var"), outputs, strict=True))
-        assert all(t.dtype == dtypes.get(name, wide) for name, t in found.items())
-        grads = [self.shaken(g, noise).to(t.dtype) for g, t in zip(self.grads, outputs, strict=True)]
-        torch.autograd.backward(outputs, grads)
-        found |= {f"d{name}": leaf.grad for name, leaf in leaves.items()}
-        return {name: t.detach().double() for name, t in found.items()}
 
 
 def eager(leaves: dict[str, Tensor], problem: Problem, noise: torch.Generator | None = None) -> tuple:
     """What is multiplied is of x's dtype; norms and statistics are computed in what accumulates that."""
-    x, weight, wide = leaves["x"], leaves["weight"], leaves["weight"].dtype
-    if "mean" in leaves:
-        x = (x - leaves["mean"]) * torch.rsqrt(leaves["var"] + EPS)
-        if "scale" in leaves:
-            x = x * leaves["scale"] + leaves["shift"]
-        x = problem.activated(x, noise).to(leaves["x"].dtype)
+    x, weight, wide = normed(problem, leaves, noise), leaves["weight"], leaves["weight"].dtype
     if "m" in leaves:
         x = torch.stack((x, leaves["m"]), -1).flatten(-2)
     y = F.linear(x, torch.block_diag(*weight.chunk(problem.groups)).to(x.dtype))
@@ -116,10 +35,7 @@ def eager(leaves: dict[str, Tensor], problem: Problem, noise: torch.Generator | 
 
 def ours(backend: str):
     def run(leaves, problem):
-        norm = None
-        if "mean" in leaves:
-            given = (leaves.get(name) for name in ("mean", "var", "scale", "shift"))
-            norm = RowNorm(*given, eps=EPS, act=problem.act)
+        norm = row_norm(problem, leaves)
         options = {"norm": norm, "m": leaves.get("m"), "groups": problem.groups, "backend": backend}
         return normed_linear(leaves["x"], leaves["weight"], **options)
 
@@ -127,18 +43,7 @@ def ours(backend: str):
 
 
 def check(problem: Problem, backend: str) -> None:
-    """Off by no more than twice what torch's own arithmetic is, and four times what rounding of what goes in
-    does, as a norm; more where it is of few numbers, whose luck differs."""
-    truth = problem.run(eager, exact=True)
-    theirs, found = problem.run(eager), problem.run(ours(backend))
-    shaken = [problem.run(eager, True, torch.Generator().manual_seed(s)) for s in range(6)]
-    rounding = torch.finfo(problem.dtype).eps / 2
-    assert found.keys() == truth.keys()
-    for name, expected in truth.items():
-        usual = torch.stack([(other[name] - expected).norm() for other in shaken]).square().mean().sqrt()
-        few = 1 + 2 / max(1, expected.numel()) ** 0.5
-        bound = 2 * (theirs[name] - expected).norm() + 4 * few * usual + 2 * rounding * expected.norm()
-        assert (found[name] - expected).norm() <= bound, name
+    normed_oracle.check(problem, eager, ours(backend))
 
 
 @each_run

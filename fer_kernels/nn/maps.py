@@ -1,0 +1,77 @@
+"""Convolutions of maps (B, C, height, width) with the batch norm and activation behind them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..conv.op import normed_conv
+from ..linear.op import chain_dtype
+from .conv import Unfinished, hooked
+from .norm import fuses, norm_act_maps
+
+
+def conv_norm_act(
+    conv: nn.Conv2d,
+    norm: nn.Module,
+    act: nn.Module | None,
+    x: Tensor | Unfinished,
+    *,
+    residual: Tensor | None = None,
+    unfinished: bool = False,
+) -> Any:
+    """act(norm(conv(x)) + residual), in few passes for channels-last memory.
+
+    Args:
+        conv, norm, act: modules; act may be None.
+        x: (B, C, height, width), or what another call left unfinished.
+        residual: as the result.
+        unfinished: leave norm and activation to the call that takes the result, where that is as fast, and
+            holds less.
+
+    Returns:
+        (B, C_out, height, width), or an `Unfinished` of (B, height, width, C_out).
+    """
+    left = _chained(conv, norm, act, x)
+    if left is not None:
+        if unfinished:
+            return left
+        return _as_map(left.finished(None if residual is None else _as_nodes(residual)))
+    if isinstance(x, Unfinished):
+        x = _as_map(x.finished())
+    return norm_act_maps(norm, act, conv(x), residual)
+
+
+def _as_map(nodes: Tensor) -> Tensor:
+    return nodes.permute(0, 3, 1, 2)
+
+
+def _as_nodes(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def _chained(
+    conv: nn.Conv2d, norm: nn.Module, act: nn.Module | None, x: Tensor | Unfinished
+) -> Unfinished | None:
+    """The convolution with its statistics, where that is faster; else nothing."""
+    nodes = x.y if isinstance(x, Unfinished) else _as_nodes(x)
+    (high, wide), (stride, other) = conv.kernel_size, conv.stride
+    padding = conv.padding[0]
+    plain = type(conv) is nn.Conv2d and conv.groups == 1 and conv.padding_mode == "zeros"
+    if not plain or conv.dilation != (1, 1) or stride != other or conv.padding != (padding, padding):
+        return None
+    if nodes.dim() != 4 or nodes.shape[3] != conv.in_channels or not nodes.is_contiguous():
+        return None
+    if stride > min(high, wide) or isinstance(padding, str) or padding >= min(high, wide):
+        return None
+    if nodes.shape[1] + 2 * padding < high or nodes.shape[2] + 2 * padding < wide:
+        return None
+    dtype = chain_dtype(nodes, conv.weight)
+    if dtype is None or not fuses(norm, act, nodes) or hooked(conv, norm, *(() if act is None else (act,))):
+        return None
+    of_x = x.norm if isinstance(x, Unfinished) else None
+    y, mean, var = normed_conv(nodes.to(dtype), conv.weight, norm=of_x, stride=stride, padding=padding)
+    if y[..., 0].numel() < 2:  # of which torch says that it has no variance
+        return None
+    return Unfinished.behind(y, mean, var, norm, act, conv.bias)
