@@ -460,24 +460,29 @@ struct Windowed {
     });
   }
 
-  // A tile's windows, where all lie side by side, can be multiplied as they are, without being packed: what they see is
-  // mostly the same. So many words from word `from` on, of whole lines of them, or of a part of one.
-  bool side_by_side() const { return windows.across % kRows == 0 && windows.wide * windows.channels % kTerms == 0; }
+  // Windows of one line can be multiplied as they lie there, without being packed: most of what they see is the same.
+  // Then tiles end where lines do, and stretches of a sum are so many words from word `from` on, of whole lines of
+  // windows or of a part of one.
+  bool as_they_lie() const { return windows.wide * windows.channels % kTerms == 0; }
+  int64_t tile_end(int64_t r, int64_t last) const {
+    const int64_t most = (windows.across + tiles_of(windows.across) - 1) / tiles_of(windows.across), j = r % windows.across;
+    return std::min(last, r - j + std::min(windows.across, (j / most + 1) * most));
+  }
   int64_t line_words() const { return windows.wide * windows.channels / kTerms; }
   int64_t words_from(int64_t from) const {
     constexpr int64_t most = kDeep + kDeep / 8;
     if (line_words() <= most) return std::min(most / line_words(), windows.high - from / line_words()) * line_words();
     return std::min(stretch(line_words()), line_words() - from % line_words());
   }
-  void tile_sums(bool fresh, int64_t r, int64_t from, int64_t words, const float* right, int columns, float* to) const {
+  void tile_sums(bool fresh, int64_t r, int64_t height, int64_t from, int64_t words, const float* right, int columns, float* to) const {
     const Element* left = seen.pixels.get() + seen.starts[r - seen.first] + from / line_words() * seen.line + from % line_words() * kTerms;
     const int64_t pitch = windows.step * windows.channels;
-    columns > kLane ? tile_of<2>(fresh, left, pitch, words, right, to) : tile_of<1>(fresh, left, pitch, words, right, to);
+    with_tile(height, columns, [&](auto height, auto vectors) { tile_of<height(), vectors()>(fresh, left, pitch, words, right, to); });
   }
-  template <int V>
+  template <int R, int V>
   void tile_of(bool fresh, const Element* left, int64_t pitch, int64_t words, const float* right, float* to) const {
-    constexpr int kApart = 3, kBases = (kRows + kApart - 1) / kApart;  // rows that one address serves
-    Vec<float> sums[kRows][V] = {};
+    constexpr int kApart = 3, kBases = (R + kApart - 1) / kApart;  // rows that one address serves
+    Vec<float> sums[R][V] = {};
     for (; words > 0; words -= line_words(), left += seen.line) {
       const Element* base[kBases];
       for (int i = 0; i < kBases; ++i) base[i] = left + i * kApart * pitch;
@@ -485,7 +490,7 @@ struct Windowed {
         Vec<float> y[V];
         for (int v = 0; v < V; ++v) y[v] = load(right + v * kLane);
 #pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < R; ++r) {
           float word;
           std::memcpy(&word, base[r / kApart] + r % kApart * pitch, sizeof word);
           for (int v = 0; v < V; ++v) sums[r][v] = with_product<kPairs, float>(sums[r][v], splat(word), y[v]);
@@ -494,7 +499,7 @@ struct Windowed {
       }
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) {
         float* at = to + r * kWide + v * kLane;
         store(at, fresh ? sums[r][v] : load(at) + sums[r][v]);
@@ -611,7 +616,7 @@ void rows_product(int64_t groups, int64_t terms, int64_t panels, In in, Finish f
   const int64_t words = words_of(terms), step = stretch(words), size = stretches(words) * kRows * kPitch;
   constexpr bool kOfWindows = std::is_same_v<decltype(in(0)), Windowed>;
   bool packs = true;
-  if constexpr (kOfWindows) packs = !in(0).side_by_side();
+  if constexpr (kOfWindows) packs = !in(0).as_they_lie();
   const Buffer<float> left = allocate<float>(packs ? kChunk / kRows * size : 0), sums = allocate<float>(kChunk * kWide);
   for (int64_t first = begin; first < end; first += kChunk) {
     const int64_t last = std::min(end, first + kChunk);
@@ -633,15 +638,16 @@ void rows_product(int64_t groups, int64_t terms, int64_t panels, In in, Finish f
         for (int64_t from = 0, some; from < words; from += some) {
           some = std::min(step, words - from);
           if constexpr (kOfWindows) some = packs ? some : rows.words_from(from);
-          for (int64_t r = first; r < last; r += kRows) {
+          for (int64_t r = first, until; r < last; r = until) {
             inputs_next[0].fetch(), inputs_next[1].fetch(), reads_next.fetch(), writes_next.claim();
-            const int64_t until = std::min<int64_t>(last, r + kRows);
+            until = std::min<int64_t>(last, r + kRows);
+            if constexpr (kOfWindows) until = packs ? until : rows.tile_end(r, last);
             float* tile = sums.get() + (r - first) * kWide;
             if (packs)
               tile_sums<kPitch, 1>(from == 0, left.get() + (r - first) / kRows * size + from / step * kRows * kPitch,
                                    panel + from * kWide, some, until - r, columns, tile, kWide);
             else if constexpr (kOfWindows)
-              rows.tile_sums(from == 0, r, from, some, panel + from * kWide, columns, tile);
+              rows.tile_sums(from == 0, r, until - r, from, some, panel + from * kWide, columns, tile);
             if (from + some >= words) finishing.rows(r, until, tile);
           }
         }

@@ -40,23 +40,18 @@ def steps(layers: nn.Sequential) -> list[tuple[int, Callable[..., Any]]]:
     """What runs the layers in turn, and at which layer each ends: a batch norm takes its activation along,
     and a convolution its batch norm; those can leave a map unfinished to the next."""
     found: list[tuple[int, Callable[..., Any]]] = []
-    position = 0
-    while position < len(layers):
-        layer, first = layers[position], position
-        conv = layer if isinstance(layer, nn.Conv2d) else None
-        norm = next(iter(layers[position + (conv is not None) :]), None)
-        if not isinstance(norm, _BatchNorm):
-            found.append((position, layer))
-            position += 1
-            continue
-        position = first + (1 if conv is None else 2)
-        act = layers[position] if position < len(layers) else None
-        act = act if isinstance(act, (nn.GELU, nn.ReLU)) else None
-        position += act is not None
-        run = functools.partial(norm_act_maps, norm, act)
-        found.append(
-            (position - 1, run if conv is None else functools.partial(conv_norm_act, conv, norm, act))
-        )
+    left = [*layers]
+    while left:
+        conv = left.pop(0) if isinstance(left[0], nn.Conv2d) else None
+        norm = left.pop(0) if left and isinstance(left[0], _BatchNorm) else None
+        act = left.pop(0) if norm and left and isinstance(left[0], (nn.GELU, nn.ReLU)) else None
+        if conv and norm:
+            step: Callable[..., Any] = functools.partial(conv_norm_act, conv, norm, act)
+        elif norm:
+            step = functools.partial(norm_act_maps, norm, act)
+        else:
+            step = conv or left.pop(0)
+        found.append((len(layers) - len(left) - 1, step))
     return found
 
 
