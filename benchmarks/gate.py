@@ -37,6 +37,19 @@ def value_problem(what: str, actual: Tensor, expected: Tensor, bound: float | Te
     )
 
 
+def off_as_a_whole(
+    case: Case, expected: dict[str, Tensor], outputs: dict[str, Tensor], roundings: int
+) -> str | None:
+    """What strays from the truth, as a norm, by more than so many roundings to the case's dtype and 16 times
+    as many to float32: for layers whose results all depend on all rows."""
+    share = roundings * (unit_roundoff(case.dtype) + 16 * unit_roundoff(torch.float32))
+    for name, value in expected.items():
+        off = (outputs[name].double() - value).norm() / value.norm()
+        if not off <= share:
+            return f"{name} is off by {off:.2e} of its norm, allowed are {share:.2e}"
+    return None
+
+
 def judged(
     suite: Suite, provider: Provider, case: Case, inputs: Inputs, expected: Any, output: Any
 ) -> str | None:
