@@ -40,6 +40,7 @@ def collect() -> dict[str, Any]:
             "instruction sets": cpu.supported_isas() if cpu else [],
             "in use": cpu.current_isa() if cpu else None,
             "fast products": extension.FAST_PRODUCTS,
+            "bfloat16 products": extension.BFLOAT16_PRODUCTS,
             "threads": torch.get_num_threads(),
         },
         "environment": {

@@ -1,6 +1,6 @@
-// linear on the CPU: products of rows with a weight, in vectors. Rows are float32, or compiled for AVX512_BF16 they
-// are bfloat16; the rest is float32 always. Processors that multiply tiles of bfloat16 take linear_tiles.cpp for what
-// is no more than a product.
+// linear and conv on the CPU: products of rows, or of windows of a map, with a weight, in vectors. Rows are float32, or
+// compiled for AVX512_BF16 they are bfloat16; the rest is float32 always. Processors that multiply tiles of bfloat16
+// take linear_tiles.cpp for what is no more than a product of rows.
 //
 // What is multiplied consists of words of 32 bits: a float32 number, or two bfloat16 ones, of terms that follow each
 // other, whose products one instruction adds up. So everything below counts words but for packing, which makes them.
@@ -736,7 +736,7 @@ void weight_units(const LinearCall& call, X x, Grad grad, float* parts, int64_t 
       }
       // What is packed next, of this part or of the one after it.
       const bool same = last < now.last;
-      const PartOfUnits next(call, same || u == end ? now.begin : u, same || u == end ? now.end : end);
+      const PartOfUnits next = same || u == end ? now : PartOfUnits(call, u, end);
       const int64_t later = same ? last : next.first;
       const int64_t rows = same || u < end ? std::min(next.last, later + next.step) - later : 0;
       auto of_x = x(next.group).ahead(later, rows, next.at, next.columns, now.tiles);

@@ -365,10 +365,8 @@ def _arguments(
 ) -> tuple:
     """Checks everything and brings it into the schema's form, up to the two flags at its end."""
     _check_attention(here, q, k, v)
-    if drop not in MODES:
-        raise ValueError(f"{here}: unknown mode drop={drop!r}: expected one of {', '.join(map(repr, MODES))}")
-    if joint_over not in JOINT_OVER:
-        raise ValueError(f"{here}: joint_over must be 'query' or 'head', got {joint_over!r}")
+    checks.a_choice(here, "drop", drop, MODES)
+    checks.a_choice(here, "joint_over", joint_over, JOINT_OVER)
     for name, value, below in (
         *(("beta", beta, None), ("tau", tau, None)),
         *(("max_drop", max_drop, 1), ("soft", soft, 1)),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checks
 from ..jad.op import JOINT_OVER, JADStats, additive_mask, jad_attention
 from ..jad.reference import MODES
 from .norm import joined
@@ -83,12 +84,8 @@ class JADAttention(nn.Module):
             raise ValueError(f"{here}: num_heads must divide dim = {dim}, got {num_heads}")
         for name, value in (("p", p), ("attn_drop", attn_drop), ("proj_drop", proj_drop)):
             _check_probability(here, name, value)
-        if drop not in MODES:
-            raise ValueError(
-                f"{here}: unknown mode drop={drop!r}: expected one of {', '.join(map(repr, MODES))}"
-            )
-        if joint_over not in JOINT_OVER:
-            raise ValueError(f"{here}: joint_over must be 'query' or 'head', got {joint_over!r}")
+        checks.a_choice(here, "drop", drop, MODES)
+        checks.a_choice(here, "joint_over", joint_over, JOINT_OVER)
         if eval_mode not in ("off", "on"):
             raise ValueError(f"{here}: eval_mode must be 'off' or 'on', got {eval_mode!r}")
         if eval_mode == "on" and drop in CONTROLS:

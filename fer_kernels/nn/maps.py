@@ -12,7 +12,7 @@ from .conv import Unfinished, hooked
 from .norm import fuses, norm_act_maps
 
 # Up to so many channels a convolution is faster by `normed_conv` than by oneDNN, with a stride and without.
-# Forward, backward and norm together are 1.2 to 1.3 times as fast for an image, and of stride 2 1.4 times at 24
+# Forward, backward and norm together are 1.2 to 1.3 times as fast for an image, of stride 2 1.4 times at 24
 # channels, 1.1 at 48, 0.9 to 1.1 at 128; all others of stride 1 0.8 to 1.0 times.
 NARROW, IMAGE = 96, 4
 

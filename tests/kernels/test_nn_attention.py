@@ -261,9 +261,13 @@ def test_schedule():
         (
             lambda: JADAttention(48, drop="keys"),
             ValueError,
-            "unknown mode drop='keys': expected one of 'none'",
+            "unknown drop 'keys': expected one of 'none'",
         ),
-        (lambda: JADAttention(48, joint_over="batch"), ValueError, "joint_over must be 'query' or 'head'"),
+        (
+            lambda: JADAttention(48, joint_over="batch"),
+            ValueError,
+            "unknown joint_over 'batch': expected one of 'query', 'head'",
+        ),
         (lambda: JADAttention(48, eval_mode="maybe"), ValueError, "eval_mode must be 'off' or 'on'"),
         (lambda: JADAttention(48, drop="random", eval_mode="on"), ValueError, "draws at random"),
         (lambda: JADAttention(48)(X, CONTEXT), ValueError, r"expected no context, got \(3, 50, 40\)"),

@@ -279,6 +279,8 @@ def chained(monkeypatch):
 
         monkeypatch.setattr(maps, "chain_dtype", chain_dtype)
 
+    for limit in ("NARROW", "IMAGE"):
+        monkeypatch.setattr(maps, limit, 1000)
     switch(True)
     return switch
 
@@ -383,6 +385,21 @@ def test_other_convolutions_are_torchs(change, chained):
     norm, x = nn.BatchNorm2d(16), torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last)
     expected = F.relu(nn.BatchNorm2d(16)(conv(x)))
     torch.testing.assert_close(conv_norm_act(conv, norm, nn.ReLU(), x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "channels, stride, takes", [(3, 1, True), (24, 1, False), (24, 2, True), (96, 2, True), (128, 2, False)]
+)
+def test_which_convolutions_are_ours(channels, stride, takes, monkeypatch):
+    if "cpu" not in BACKENDS:
+        pytest.skip("no kernel runs here")
+    monkeypatch.setattr(extension, "FAST_PRODUCTS", "avx512")
+    calls = []
+    real = maps.normed_conv
+    monkeypatch.setattr(maps, "normed_conv", lambda *a, **k: calls.append(1) or real(*a, **k))
+    x = torch.randn(1, channels, 40, 40).contiguous(memory_format=torch.channels_last)
+    conv_norm_act(nn.Conv2d(channels, 24, 3, stride, 1), nn.BatchNorm2d(24), None, x)
+    assert bool(calls) == takes
 
 
 def test_hooks_see_maps(chained):
