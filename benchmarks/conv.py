@@ -123,7 +123,7 @@ def judge(
     outputs: dict[str, Tensor],
     arithmetic: torch.dtype,
 ) -> str | None:
-    return off_as_a_whole(case, expected, outputs, roundings=8)
+    return off_as_a_whole(case, expected, outputs, roundings=12)
 
 
 register(

@@ -97,8 +97,23 @@ inline Vec<float> pairs(Vec<float> first, Vec<float> second) {
   return reinterpret_cast<Vec<float>>(_mm512_permutexvar_epi16(_mm512_or_si512(low, high), both));
 }
 inline Vec<float> stored(Vec<float> v) { return widen_all(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v))); }
+
+// v rounded up or down to bfloat16, in the share of rows that makes their mean right: of what is less than half a unit
+// in the last place of what it is added to, rounding to the nearest would leave nothing in any row.
+inline Vec<float> spread(Vec<float> v, int64_t row, int64_t column) {
+  constexpr uint32_t kOfRow = 40503, kOfColumn = 25717;  // odd, so that all 2^16 shares come in turn
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const uint32_t first = static_cast<uint32_t>(row) * kOfRow + static_cast<uint32_t>(column) * kOfColumn;
+  const __m512i share = _mm512_and_si512(_mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
+                                                          _mm512_mullo_epi32(lanes, _mm512_set1_epi32(kOfColumn))),
+                                         _mm512_set1_epi32(0xFFFF));
+  const __m512i sum = _mm512_add_epi32(reinterpret_cast<__m512i>(v), share);
+  const Vec<float> moved = reinterpret_cast<Vec<float>>(_mm512_andnot_si512(_mm512_set1_epi32(0xFFFF), sum));
+  return v == v ? moved : v;
+}
 #else
 inline Vec<float> stored(Vec<float> v) { return v; }
+inline Vec<float> spread(Vec<float> v, int64_t, int64_t) { return v; }
 #endif
 
 // Where the terms of a word come from: a row, or (across) the same column of rows that follow each other.
@@ -302,7 +317,10 @@ template <NormAct act>
 struct Normed {
   Columns of;
   Constants by;
-  Normed at(int64_t number, int64_t pitch) const { return {{of.x + number, nullptr, pitch, pitch}, by}; }
+  // From this pixel of a map on, with so many pixels a row.
+  Normed from_pixel(int64_t pixel, int64_t channels, int64_t each) const {
+    return {{of.x + pixel * channels, nullptr, each * channels, each * channels}, by};
+  }
   void enter(int64_t, int64_t) const {}
   template <Words words>
   void pack(int64_t r, int64_t rows, int64_t from, int64_t count, Packed<words>* to, int64_t pitch) const {
@@ -323,14 +341,19 @@ struct Tilted {
   Columns grad;
   const Element* y;
   Constants by;
-  Tilted at(int64_t number, int64_t pitch) const { return {{grad.x + number, nullptr, pitch, pitch}, y + number, by}; }
+  int64_t group = 0, row = 0, each = 1;  // the first column, and which rows these are: row, row + each, ...
+  Tilted from_pixel(int64_t pixel, int64_t channels, int64_t each) const {
+    return {{grad.x + pixel * channels, nullptr, each * channels, each * channels}, y + pixel * channels, by, 0, pixel, each};
+  }
   void enter(int64_t, int64_t) const {}
   template <Words words>
   void pack(int64_t r, int64_t rows, int64_t from, int64_t count, Packed<words>* to, int64_t pitch) const {
     const int64_t first = r * grad.pitch + from;
     pack_block<words>(rows, count, to, pitch, [&](int64_t c) {
-      return [=, dy = grad.x + first + c, y = y + first + c, tilt = by.from(from + c), step = grad.pitch](int64_t row, auto part) {
-        return load_lanes<float>(dy + row * step, part) + tilt(load_lanes<float>(y + row * step, part));
+      return [=, dy = grad.x + first + c, y = y + first + c, tilt = by.from(from + c), step = grad.pitch, number = row + r * each,
+              each = each, column = group + from + c](int64_t row, auto part) {
+        const Vec<float> sum = load_lanes<float>(dy + row * step, part) + tilt(load_lanes<float>(y + row * step, part));
+        return spread(sum, number + row * each, column);
       };
     });
   }
@@ -378,7 +401,7 @@ struct Windowed {
       std::memcpy(to, from.of.x + pixel * channels, count * channels * sizeof(Element));
     } else {  // as many pixels at once as are whole vectors, then what is left
       const int64_t each = whole_pixels(channels), numbers = each * channels, many = count / each;
-      const Of rows = from.at(pixel * channels, numbers);
+      const Of rows = from.from_pixel(pixel, channels, each);
       rows.template pack<Words::along>(0, many, 0, numbers, to, numbers);
       if (count % each) rows.template pack<Words::along>(many, 1, 0, count % each * channels, to + many * numbers, numbers);
     }
@@ -810,7 +833,7 @@ void with_x(const LinearCall& call, const AllConstants& norm, F f) {
 template <class F>
 void with_grad(const LinearBackward& call, const AllConstants& tilt, F f) {
   if (call.y)
-    f([&](int64_t g) { return Tilted{outputs(call, g), elements(call.y) + g * call.out, tilt.of(g * call.out)}; });
+    f([&](int64_t g) { return Tilted{outputs(call, g), elements(call.y) + g * call.out, tilt.of(g * call.out), g * call.out}; });
   else
     f([&](int64_t g) { return Plain{outputs(call, g)}; });
 }

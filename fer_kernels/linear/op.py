@@ -254,7 +254,8 @@ def normed_linear(
     every run, whatever the number of threads. Second derivatives work; the reference computes them.
 
     Of bfloat16 what is multiplied, weight included, is rounded to it, once; sums are in float32. There "cpu"
-    has GELU to 7e-6, and its slope to 7e-5.
+    has GELU to 7e-6, and its slope to 7e-5; and it rounds y's gradient, once its statistics' share is in it,
+    up in some rows and down in others, so that the share is not lost where it is smaller than a rounding.
     """
     here = "normed_linear"
     wide = checks.accumulation_dtype(x.dtype) if isinstance(x, Tensor) else torch.float32

@@ -121,3 +121,24 @@ def check(problem: Problem, eager, ours) -> None:
         few = 1 + 2 / max(1, expected.numel()) ** 0.5
         bound = 2 * (theirs[name] - expected).norm() + 4 * few * usual + 2 * rounding * expected.norm()
         assert (found[name] - expected).norm() <= bound, name
+
+
+def as_near(run, chained, zero: str | None = None) -> None:
+    """run(seed, dtype) of modules that chain is as far from float32 as without a chain, or nearer, over some
+    draws: of few numbers one draw says little. `zero` is nothing but rounding."""
+    off: dict[str, dict[str, list[Tensor]]] = {}
+    for seed in range(4):
+        chained(False)
+        exact = run(seed, torch.float32)
+        apart = run(seed, torch.bfloat16)
+        chained(True)
+        for name, value in run(seed, torch.bfloat16).items():
+            assert value.dtype == apart[name].dtype, name
+            truth = exact[name].double()
+            here = off.setdefault(name, {"ours": [], "theirs": [], "size": []})
+            here["ours"].append((value - truth).norm())
+            here["theirs"].append((apart[name] - truth).norm())
+            here["size"].append(truth.norm())
+    for name, norms in off.items():
+        ours, theirs, size = (torch.stack(norms[of]).norm() for of in ("ours", "theirs", "size"))
+        assert name == zero or ours <= 1.5 * theirs + 2**-9 * size, (name, ours / size, theirs / size)
