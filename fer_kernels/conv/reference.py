@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from ..checks import accumulation_dtype
 from ..dispatch import without_autocast
-from ..norm.reference import norm_given, norm_given_backward
+from ..linear.reference import normed
+from ..norm.reference import norm_given_backward
 
 
 @without_autocast
@@ -45,11 +45,8 @@ def _last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def _normed(x, mean, var, scale, shift, eps, act):
-    x = x.to(accumulation_dtype(x.dtype))
-    if mean is None:
-        return x
-    return norm_given(x.flatten(0, 2), mean, var, scale, shift, None, None, eps, act).view_as(x)
+def _normed(x: Tensor, *norm) -> Tensor:
+    return normed(x.flatten(0, 2), None, *norm)[0].view_as(x)
 
 
 @without_autocast

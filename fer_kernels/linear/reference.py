@@ -66,13 +66,13 @@ def linear_normed(
     """y = linear(act((x - mean) / sqrt(var + eps) * scale + shift)), or without mean of x itself, and the
     mean and variance of y's rows, without Bessel's correction. All but x, m and y is in the dtype that x is
     accumulated in, and so is what is computed; y is rounded once, before its statistics are taken."""
-    nodes, beside = _normed(x, m, mean, var, scale, shift, eps, act)
+    nodes, beside = normed(x, m, mean, var, scale, shift, eps, act)
     y = linear(nodes, beside, weight, None, groups).to(x.dtype)
     y_var, y_mean = torch.var_mean(y.to(weight.dtype), 0, correction=0)
     return y, y_mean, y_var
 
 
-def _normed(x, m, mean, var, scale, shift, eps, act):
+def normed(x, m, mean, var, scale, shift, eps, act):
     wide = accumulation_dtype(x.dtype)
     x, m = x.to(wide), None if m is None else m.to(wide)
     return x if mean is None else norm_given(x, mean, var, scale, shift, None, None, eps, act), m
@@ -104,7 +104,7 @@ def linear_normed_backward(
     """
     rows = y.shape[0]
     grad = grad + dy_mean / rows + (y - y_mean) * (2 * dy_var / rows)
-    nodes, beside = _normed(x, m, mean, var, scale, shift, eps, act)
+    nodes, beside = normed(x, m, mean, var, scale, shift, eps, act)
     dx, dm, dweight = linear_backward(grad, nodes, beside, weight, groups, need_nodes, need_weight)
     of_norm = [nodes.new_empty(0) for _ in range(4)]
     if mean is not None and var is not None and need_nodes:

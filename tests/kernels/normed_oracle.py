@@ -142,3 +142,37 @@ def as_near(run, chained, zero: str | None = None) -> None:
     for name, norms in off.items():
         ours, theirs, size = (torch.stack(norms[of]).norm() for of in ("ours", "theirs", "size"))
         assert name == zero or ours <= 1.5 * theirs + 2**-9 * size, (name, ours / size, theirs / size)
+
+
+def check_derivatives(problem: Problem, ours, backend: str) -> None:
+    """By differences; float32's differences of differences say little: they are as the reference's."""
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    options = {} if backend == "reference" else {"eps": 1e-2, "atol": 2e-2, "rtol": 1e-2}
+    names = list(problem.leaves)
+    leaves = [t.to(dtype).requires_grad_() for t in problem.leaves.values()]
+
+    def run(*tensors):
+        return ours(backend)(dict(zip(names, tensors, strict=True)), problem)
+
+    assert torch.autograd.gradcheck(run, leaves, **options)
+    if backend == "reference":
+        assert torch.autograd.gradgradcheck(run, leaves, **options)
+        return
+    found = []
+    for each in ("cpu", "reference"):
+        outputs = ours(each)(dict(zip(names, leaves, strict=True)), problem)
+        grads = [g.to(dtype) for g in problem.grads]
+        first = torch.autograd.grad(outputs, leaves, grads, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    for cpu, reference in zip(*found, strict=True):
+        torch.testing.assert_close(cpu, reference, rtol=1e-3, atol=1e-3 * reference.abs().max().item())
+
+
+def check_same_bits(problem: Problem, ours) -> None:
+    """Every time, for any number of threads."""
+    expected = problem.run(ours)
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        for _ in range(5):
+            for name, found in problem.run(ours).items():
+                assert torch.equal(found, expected[name]), (threads, name)

@@ -136,12 +136,7 @@ def test_the_same_bits_every_time_and_for_any_number_of_threads(two_threads):
         pytest.skip("no kernel runs here")
     for dtype in (t for b, t in RUNS if b == "cpu"):
         problem = MapProblem((3, 28, 28, 24), 40, (3, 3), 2, 1, act="gelu", dtype=dtype)
-        expected = problem.run(ours("cpu"))
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            for _ in range(5):
-                for name, found in problem.run(ours("cpu")).items():
-                    assert torch.equal(found, expected[name]), (threads, name)
+        normed_oracle.check_same_bits(problem, ours("cpu"))
 
 
 @each_run
@@ -177,26 +172,7 @@ def test_nan_stays_in_its_windows(backend, dtype):
 @pytest.mark.filterwarnings("ignore:Input .* is not a double precision")
 def test_derivatives(backend, stride):
     problem = MapProblem((1, 4, 4, 2), 3, (3, 2), stride, 1, act="gelu")
-    dtype = torch.float64 if backend == "reference" else torch.float32
-    options = {} if backend == "reference" else {"eps": 1e-2, "atol": 2e-2, "rtol": 1e-2}
-    names = list(problem.leaves)
-    leaves = [t.to(dtype).requires_grad_() for t in problem.leaves.values()]
-
-    def run(*tensors):
-        return ours(backend)(dict(zip(names, tensors, strict=True)), problem)
-
-    assert torch.autograd.gradcheck(run, leaves, **options)
-    if backend == "reference":
-        assert torch.autograd.gradgradcheck(run, leaves, **options)
-    else:  # float32 differences of differences say little: the same as the reference's
-        found = []
-        for each in ("cpu", "reference"):
-            outputs = ours(each)(dict(zip(names, leaves, strict=True)), problem)
-            grads = [g.to(dtype) for g in problem.grads]
-            first = torch.autograd.grad(outputs, leaves, grads, create_graph=True)
-            found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
-        for cpu, reference in zip(*found, strict=True):
-            torch.testing.assert_close(cpu, reference, rtol=1e-3, atol=1e-3 * reference.abs().max().item())
+    normed_oracle.check_derivatives(problem, ours, backend)
 
 
 @each_run

@@ -85,12 +85,7 @@ def test_the_same_bits_every_time_and_for_any_number_of_threads(two_threads):
     if torch.bfloat16 in op.NORMED.dtypes["cpu"]:
         problems.append(Problem(2501, 71, 100, act="gelu", dtype=torch.bfloat16))
     for problem in problems:
-        expected = problem.run(ours("cpu"))
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            for _ in range(5):
-                for name, found in problem.run(ours("cpu")).items():
-                    assert torch.equal(found, expected[name]), (threads, name)
+        normed_oracle.check_same_bits(problem, ours("cpu"))
 
 
 @each_run
@@ -130,26 +125,7 @@ def test_derivatives(backend, kind):
     problem = Problem(
         6, 4, 3, groups=2, norm=kind == "norm", m=kind == "m", act="gelu" if kind == "norm" else None
     )
-    dtype = torch.float64 if backend == "reference" else torch.float32
-    options = {} if backend == "reference" else {"eps": 1e-2, "atol": 2e-2, "rtol": 1e-2}
-    names = list(problem.leaves)
-    leaves = [t.to(dtype).requires_grad_() for t in problem.leaves.values()]
-
-    def run(*tensors):
-        return ours(backend)(dict(zip(names, tensors, strict=True)), problem)
-
-    assert torch.autograd.gradcheck(run, leaves, **options)
-    if backend == "reference":
-        assert torch.autograd.gradgradcheck(run, leaves, **options)
-    else:  # float32 differences of differences say little: the same as the reference's
-        found = []
-        for each in ("cpu", "reference"):
-            outputs = ours(each)(dict(zip(names, leaves, strict=True)), problem)
-            grads = [g.to(dtype) for g in problem.grads]
-            first = torch.autograd.grad(outputs, leaves, grads, create_graph=True)
-            found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
-        for cpu, reference in zip(*found, strict=True):
-            torch.testing.assert_close(cpu, reference, rtol=1e-3, atol=1e-3 * reference.abs().max().item())
+    normed_oracle.check_derivatives(problem, ours, backend)
 
 
 @each_run
