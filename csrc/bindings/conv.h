@@ -27,7 +27,7 @@ inline ConvShape conv_shape(const Tensor& x, const Tensor& weight, int64_t strid
                   "conv: x must not be smaller than the weight");
   shape.down = (shape.height + 2 * padding - shape.high) / stride + 1;
   shape.across = (shape.width + 2 * padding - shape.wide) / stride + 1;
-  STD_TORCH_CHECK(shape.images >= 1, "conv: statistics need an image");
+  STD_TORCH_CHECK(shape.images >= 1 && shape.height >= 1 && shape.width >= 1, "conv: x must not be empty");
   return shape;
 }
 

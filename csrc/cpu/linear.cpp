@@ -341,7 +341,7 @@ struct Tilted {
   Columns grad;
   const Element* y;
   Constants by;
-  int64_t group = 0, row = 0, each = 1;  // the first column, and which rows these are: row, row + each, ...
+  int64_t group = 0, row = 0, each = 1;  // by which spread() counts: the first column; rows, or pixels, of which a row has `each`
   Tilted from_pixel(int64_t pixel, int64_t channels, int64_t each) const {
     return {{grad.x + pixel * channels, nullptr, each * channels, each * channels}, y + pixel * channels, by, 0, pixel, each};
   }

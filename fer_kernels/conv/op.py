@@ -116,7 +116,7 @@ def normed_conv(
     fetched, the convolution, and the statistics of its results.
 
     Args:
-        x: (B, H, W, C), at least one image; float32, float64, bfloat16 or float16.
+        x: (B, H, W, C), not empty; float32, float64, bfloat16 or float16.
         weight: (C_out, C, high, wide) as `nn.Conv2d` has it, of x's dtype, or float32; not larger than x with
             its padding.
         norm: what is convolved is this of x, as in `normed_linear`, with zeros around it; None takes x.
@@ -130,14 +130,15 @@ def normed_conv(
         (C_out), the latter without Bessel's correction.
 
     Gradients, what is kept for them, exactness and reproducibility are those of `normed_linear`, whose kernel
-    this is: its rows are windows of x, which are never in memory as a whole.
+    this is: its rows are windows of x, which are never in memory as a whole. Where the gradient of y is not
+    finite, "cpu" may make NaN of pixels beside the window.
     """
     here = "normed_conv"
     checks.dense_tensor(here, "x", x)
     if x.dtype not in checks.FLOATING:
         raise TypeError(f"{here}: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
-    if x.dim() != 4 or not x.shape[0] or not x.shape[3]:
-        raise ValueError(f"{here}: x must be (B, H, W, C) with an image and a channel, got {checks.shape(x)}")
+    if x.dim() != 4 or not x.numel():
+        raise ValueError(f"{here}: x must be (B, H, W, C) and not empty, got {checks.shape(x)}")
     checks.dense_tensor(here, "weight", weight)
     checks.same_device(here, "weight", weight, "x", x)
     wide = checks.accumulation_dtype(x.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -318,7 +319,8 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
         return False
     if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
-    if torch.backends.mkldnn.matmul.fp32_precision == "bf16":  # type: ignore[attr-defined]
+    torchs: Any = torch.backends.mkldnn
+    if (torchs.conv if weight.dim() == 4 else torchs.matmul).fp32_precision == "bf16":
         return False  # the user prefers speed to float32
     return OPERATOR.has_kernel(x)
 
@@ -333,7 +335,7 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
         return False
     if not {type(x), type(weight)} <= {Tensor, nn.Parameter} or x.device.type != "cpu":
         return False
-    terms = weight[0].numel()  # a convolution's weight is of windows
+    terms = math.prod(weight.shape[1:])  # a convolution's weight is of windows
     width = terms if weight.dim() == 4 else x.shape[-1]
     return x.numel() >= ROWS * x.shape[-1] and min(width, weight.shape[0]) >= WIDTH and terms >= 16
 

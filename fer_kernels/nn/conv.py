@@ -131,8 +131,8 @@ def _batched_product(x: Tensor, weight: Tensor, added: Tensor | None, groups: in
 
 
 class Unfinished(NamedTuple):
-    """What a `Projection` leaves to the one that takes it, or a convolution: a product, and its norm and
-    activation, which are then done as its rows are fetched for the next product."""
+    """What a `Projection` or a convolution leaves to the one that takes its result: a product, and its norm
+    and activation, which are then done as its rows are fetched for the next product."""
 
     y: Tensor  # (B, ..., C)
     norm: RowNorm
@@ -218,7 +218,7 @@ class Projection(nn.Module):
             also, residual: (B, ..., C_out).
             gain: (B), such as `DropPath.draw` makes; has no gradient.
             unfinished: leave norm and activation to the projection that takes the result, where that is
-                as fast, and holds less.
+                as fast, and holds less, and there is neither residual nor gain.
 
         Returns:
             (B, ..., C_out), or an `Unfinished`.
@@ -226,7 +226,8 @@ class Projection(nn.Module):
         linear = self.linear
         left = self._chained(x, m) if also is None else None
         if left is not None:
-            return left if unfinished and not hooked(self) else left.finished(residual, gain)
+            leaves = unfinished and residual is None and gain is None and not hooked(self)
+            return left if leaves else left.finished(residual, gain)
         if isinstance(x, Unfinished):
             x = x.finished()
         if self._folds(x):

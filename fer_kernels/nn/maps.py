@@ -33,14 +33,14 @@ def conv_norm_act(
         x: (B, C, height, width), or what another call left unfinished.
         residual: as the result.
         unfinished: leave norm and activation to the call that takes the result, where that is as fast, and
-            holds less.
+            holds less, and there is no residual.
 
     Returns:
         (B, C_out, height, width), or an `Unfinished` of (B, height, width, C_out).
     """
     left = _chained(conv, norm, act, x)
     if left is not None:
-        if unfinished:
+        if unfinished and residual is None:
             return left
         return _as_map(left.finished(None if residual is None else _as_nodes(residual)))
     if isinstance(x, Unfinished):
@@ -61,20 +61,10 @@ def _chained(
 ) -> Unfinished | None:
     """The convolution with its statistics, where that is faster; else nothing."""
     nodes = x.y if isinstance(x, Unfinished) else _as_nodes(x)
-    (high, wide), (stride, other) = conv.kernel_size, conv.stride
-    padding = conv.padding[0]
-    plain = type(conv) is nn.Conv2d and conv.groups == 1 and conv.padding_mode == "zeros"
-    if not plain or conv.dilation != (1, 1) or stride != other or conv.padding != (padding, padding):
+    if not (_is_known(conv) and _fits(conv, nodes)):
         return None
-    if nodes.dim() != 4 or nodes.shape[3] != conv.in_channels or not nodes.is_contiguous():
-        return None
-    if stride > min(high, wide) or isinstance(padding, str) or padding >= min(high, wide):
-        return None
-    if nodes.shape[1] + 2 * padding < high or nodes.shape[2] + 2 * padding < wide:
-        return None
-    if not (conv.in_channels <= (NARROW if stride > 1 else IMAGE)):
-        return None
-    dtype = chain_dtype(nodes, conv.weight)
+    stride, padding = conv.stride[0], int(conv.padding[0])
+    dtype = chain_dtype(nodes, conv.weight) if conv.in_channels <= (NARROW if stride > 1 else IMAGE) else None
     if dtype is None or not fuses(norm, act, nodes) or hooked(conv, norm, *(() if act is None else (act,))):
         return None
     of_x = x.norm if isinstance(x, Unfinished) else None
@@ -82,3 +72,20 @@ def _chained(
     if y[..., 0].numel() < 2:  # of which torch says that it has no variance
         return None
     return Unfinished.behind(y, mean, var, norm, act, conv.bias)
+
+
+def _is_known(conv: nn.Conv2d) -> bool:
+    """Whether this is a convolution that `normed_conv` has."""
+    if type(conv) is not nn.Conv2d or conv.groups != 1 or conv.padding_mode != "zeros":
+        return False
+    if isinstance(conv.padding, str) or conv.dilation != (1, 1):
+        return False
+    (stride, other), (padding, beside), side = conv.stride, conv.padding, min(conv.kernel_size)
+    return stride == other <= side and padding == beside < side
+
+
+def _fits(conv: nn.Conv2d, nodes: Tensor) -> bool:
+    """Whether nodes (B, height, width, C) lie as it takes them, and are no smaller than its weight."""
+    sizes = zip(nodes.shape[1:3], conv.kernel_size, strict=True)
+    large = all(size + 2 * int(conv.padding[0]) >= side for size, side in sizes)
+    return large and nodes.shape[3] == conv.in_channels and nodes.is_contiguous()

@@ -199,9 +199,10 @@ def test_registration(backend, dtype):
     [
         (
             {"x": torch.zeros(4, 4, 6)},
-            r"x must be \(B, H, W, C\) with an image and a channel, got \(4, 4, 6\)",
+            r"x must be \(B, H, W, C\) and not empty, got \(4, 4, 6\)",
         ),
-        ({"x": torch.zeros(0, 4, 4, 6)}, r"with an image and a channel, got \(0, 4, 4, 6\)"),
+        ({"x": torch.zeros(0, 4, 4, 6)}, r"and not empty, got \(0, 4, 4, 6\)"),
+        ({"x": torch.zeros(2, 0, 4, 6), "padding": 2}, r"and not empty, got \(2, 0, 4, 6\)"),
         (
             {"x": torch.zeros(1, 4, 4, 6).int()},
             "x must be float32, float64, bfloat16 or float16, got torch.int32",
@@ -241,6 +242,7 @@ def test_direct_calls_stay_in_their_memory():
         {"padding": 3},
         {"x": x[:, :2]},
         {"x": x[:0]},
+        {"x": x[:, :0], "padding": 2},
         {"mean": torch.zeros(5), "var": torch.zeros(5)},
     ):
         given = {"x": x, "weight": weight, "mean": None, "var": None, "stride": 1, "padding": 0} | change
@@ -394,6 +396,15 @@ def test_hooks_see_maps(chained):
     assert before.shape == (2, 12, 8, 8) and after.shape == (2, 24, 4, 4)
     chained(False)
     torch.testing.assert_close(stem(x), y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_residual_is_never_left_unfinished(chained):
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(8, 16, 3, 1, 1), nn.BatchNorm2d(16)
+    x, residual = (torch.randn(2, c, 9, 9).contiguous(memory_format=torch.channels_last) for c in (8, 16))
+    found = conv_norm_act(conv, norm, nn.ReLU(), x, residual=residual, unfinished=True)
+    expected = F.relu(nn.BatchNorm2d(16)(conv(x)) + residual)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_evaluation_and_narrow_maps_are_as_ever(chained):

@@ -61,8 +61,8 @@ struct LinearBackward : LinearCall {
   // Of x's norm, where there is one, along with dx.
   float *dmean = nullptr, *dvar = nullptr, *dscale = nullptr, *dshift = nullptr;
 
-  // The gradient of windows' map: `rows` of `in` numbers of it, whole pixels, those at `places`; and the windows of y's
-  // gradient, of `out` numbers each, that they come from.
+  // The gradient of windows' map: `rows` of `in` numbers of it, whole pixels, that begin where the windows `places` do;
+  // and the windows of y's gradient, of `out` numbers each, that they come from.
   Windows places = {}, grad_windows = {};
 };
 
