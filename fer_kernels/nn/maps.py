@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,8 +70,6 @@ def _chained(
         return None
     of_x = x.norm if isinstance(x, Unfinished) else None
     y, mean, var = normed_conv(nodes.to(dtype), conv.weight, norm=of_x, stride=stride, padding=padding)
-    if y[..., 0].numel() < 2:  # of which torch says that it has no variance
-        return None
     return Unfinished.behind(y, mean, var, norm, act, conv.bias)
 
 
@@ -85,7 +84,9 @@ def _is_known(conv: nn.Conv2d) -> bool:
 
 
 def _fits(conv: nn.Conv2d, nodes: Tensor) -> bool:
-    """Whether nodes (B, height, width, C) lie as it takes them, and are no smaller than its weight."""
+    """Whether nodes (B, height, width, C) lie as it takes them, and more than one pixel comes out: of one
+    torch says that it has no variance."""
     sizes = zip(nodes.shape[1:3], conv.kernel_size, strict=True)
-    large = all(size + 2 * int(conv.padding[0]) >= side for size, side in sizes)
-    return large and nodes.shape[3] == conv.in_channels and nodes.is_contiguous()
+    sides = [(size + 2 * int(conv.padding[0]) - side) // conv.stride[0] + 1 for size, side in sizes]
+    many = min(sides) >= 1 and nodes.shape[0] * math.prod(sides) > 1
+    return many and nodes.shape[3] == conv.in_channels and nodes.is_contiguous()
